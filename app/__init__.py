@@ -1,0 +1,1 @@
+"""A wallet service: a thin web layer over the PostgreSQL functions in db/."""

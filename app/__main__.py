@@ -1,0 +1,56 @@
+"""`python -m app` serves; `python -m app psql` opens psql on the service's database."""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+from app import embedded, settings, supervisor
+from app.migrations import LOGIN
+
+USAGE = "usage: python -m app [psql [argument ...]]"
+
+
+def main(arguments: list[str]) -> int:
+    """Run a command and return its exit code."""
+    try:
+        match arguments:
+            case []:
+                supervisor.serve(settings.from_environment())
+                return 0
+            case ["psql", *rest]:
+                return psql(settings.from_environment(), rest)
+            case ["-h" | "--help"]:
+                print(USAGE)
+                return 0
+        print(USAGE, file=sys.stderr)
+        return 2
+    except settings.StartupError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def psql(configured: settings.Settings, arguments: list[str]) -> int:
+    """Run psql on the service's database, as the role that the service logs in as; `-U postgres` for the superuser."""
+    if configured.database_url is not None:
+        program = shutil.which("psql") or str(embedded.BINARIES / "psql")
+        return subprocess.call([program, "--dbname", configured.database_url, *arguments])
+    with contextlib.ExitStack() as stack:
+        running = embedded.running_server(configured.wallet_data_dir)
+        if running is None:
+            postgres = embedded.Postgres(configured.wallet_data_dir)
+            stack.callback(postgres.stop)
+            supervisor.start_embedded(postgres, configured)
+            running = embedded.running_server(configured.wallet_data_dir)
+        assert running is not None
+        connection = {"PGHOST": running[1], "PGPORT": "5432", "PGUSER": LOGIN, "PGDATABASE": "wallet"}
+        signal.signal(signal.SIGINT, lambda *_: None)  # a Ctrl-C is for psql
+        return subprocess.call([embedded.BINARIES / "psql", *arguments], env=os.environ | connection)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,94 @@
+"""One handler a route: decode, call, answer."""
+
+import asyncio
+
+import asyncpg
+import msgspec
+from aiohttp import web
+
+from app import database
+from app.database import POOL
+from app.messages import (
+    NewOperation,
+    NewWallet,
+    OperationPage,
+    Page,
+    operation_uuid,
+    read_body,
+    read_query,
+    respond,
+    wallet_uuid,
+)
+from app.problems import Problem, refusal
+
+READY_TIMEOUT = 2.0
+"""Seconds that the database has to answer a readiness check."""
+
+_new_wallet = msgspec.json.Decoder(NewWallet)
+_new_operation = msgspec.json.Decoder(NewOperation)
+
+
+async def create_wallet(request: web.Request) -> web.Response:
+    """POST /api/v1/wallets"""
+    new = await read_body(request, _new_wallet) if request.can_read_body else NewWallet()
+    wallet = await database.create_wallet(request.app[POOL], new.uuid)
+    return respond(wallet, 201, Location=f"/api/v1/wallets/{wallet.uuid}")
+
+
+async def get_wallet(request: web.Request) -> web.Response:
+    """GET /api/v1/wallets/{wallet_uuid}"""
+    return respond(await database.get_wallet(request.app[POOL], wallet_uuid(request)))
+
+
+async def apply_operation(request: web.Request) -> web.Response:
+    """POST /api/v1/wallets/{wallet_uuid}/operation"""
+    name = wallet_uuid(request)
+    operation = await read_body(request, _new_operation)
+    try:
+        await database.apply_operation(request.app[POOL], name, operation)
+    except asyncpg.PostgresError as error:
+        if error.sqlstate != "WA409":
+            raise
+        raise await _duplicate(request, name, operation, str(error)) from None
+    return respond(operation.operation_uuid)
+
+
+async def list_operations(request: web.Request) -> web.Response:
+    """GET /api/v1/wallets/{wallet_uuid}/operations"""
+    page = read_query(request.query, Page)
+    operations = await database.list_operations(request.app[POOL], wallet_uuid(request), page.before, page.limit)
+    # seq has no gaps and starts at 1, so the last row itself says whether there are more.
+    more = bool(operations) and operations[-1].seq > 1
+    return respond(OperationPage(operations, operations[-1].seq if more else None))
+
+
+async def get_operation(request: web.Request) -> web.Response:
+    """GET /api/v1/wallets/{wallet_uuid}/operations/{operation_uuid}"""
+    return respond(await database.get_operation(request.app[POOL], wallet_uuid(request), operation_uuid(request)))
+
+
+async def healthz(_request: web.Request) -> web.Response:
+    """GET /healthz: the process lives."""
+    return respond({"status": "ok"})
+
+
+async def readyz(request: web.Request) -> web.Response:
+    """GET /readyz: the database answers and is migrated."""
+    try:
+        async with asyncio.timeout(READY_TIMEOUT), request.app[POOL].acquire() as connection:
+            migrated = await database.is_migrated(connection)
+    except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError):
+        raise Problem(503, "unavailable", "The database does not answer", headers={"Retry-After": "1"}) from None
+    if not migrated:
+        raise Problem(503, "not_migrated", "The database is not migrated", headers={"Retry-After": "1"})
+    return respond({"status": "ok"})
+
+
+async def _duplicate(request: web.Request, name: str, operation: NewOperation, message: str) -> Problem:
+    """Return the problem for an operation that exists, with what is recorded if it is this wallet's."""
+    try:
+        recorded = await database.get_operation(request.app[POOL], name, operation.operation_uuid)
+    except asyncpg.PostgresError:
+        return refusal("WA409", message)
+    same = (recorded.operation_type, recorded.amount) == (operation.operation_type, operation.amount)
+    return refusal("WA409", message, operation=recorded, same_request=same)

@@ -1,0 +1,127 @@
+"""Every answer that is not a success, as problem+json (RFC 9457), and the one table from SQLSTATE to HTTP."""
+
+import logging
+import re
+from http import HTTPStatus
+from typing import Any
+
+import asyncpg
+import msgspec
+from aiohttp import web
+from aiohttp.typedefs import Handler
+
+REFUSALS = {
+    "WA400": (400, "invalid_request"),
+    "WA402": (400, "insufficient_funds"),
+    "WA404": (404, "wallet_not_found"),
+    "WA409": (400, "duplicate_operation"),
+    "WA414": (404, "operation_not_found"),
+    "WA416": (400, "balance_out_of_range"),
+    "WA419": (400, "wallet_exists"),
+}
+"""What the functions in db/ refuse, by SQLSTATE: the HTTP status and the code. The detail is the SQL message."""
+
+_HTTP_CODES = {
+    404: "not_found",
+    405: "method_not_allowed",
+    408: "request_timeout",
+    413: "body_too_large",
+    415: "unsupported_media_type",
+}
+
+_log = logging.getLogger("wallet")
+
+
+class Problem(Exception):
+    """An answer that is not a success. `members` are RFC 9457 extension members, None ones left out."""
+
+    def __init__(
+        self, status: int, code: str, detail: str, *, headers: dict[str, str] | None = None, **members: object
+    ) -> None:
+        super().__init__(detail)
+        self.status = status
+        self.code = code
+        self.detail = detail
+        self.headers = headers
+        self.members = members
+
+    def response(self) -> web.Response:
+        """Return the problem as an application/problem+json response."""
+        body: dict[str, object] = {
+            "type": "about:blank",
+            "title": HTTPStatus(self.status).phrase,
+            "status": self.status,
+            "detail": self.detail,
+            "code": self.code,
+        }
+        body.update((name, value) for name, value in self.members.items() if value is not None)
+        return web.Response(
+            body=msgspec.json.encode(body),
+            status=self.status,
+            headers=self.headers,
+            content_type="application/problem+json",
+        )
+
+
+def refusal(sqlstate: str, message: str, **members: object) -> Problem:
+    """Return the problem for what a function in db/ refused."""
+    status, code = REFUSALS[sqlstate]
+    if sqlstate == "WA400":
+        members["errors"] = [{"loc": ["body"], "msg": message, "type": "value_error"}]
+    return Problem(status, code, message, **members)
+
+
+def invalid(location: list[str | int], message: str, kind: str = "value_error") -> Problem:
+    """Return the problem for input that fails validation: where, what, and pydantic's word for what kind."""
+    detail = f"{'.'.join(map(str, location))}: {message}"
+    return Problem(400, "invalid_request", detail, errors=[{"loc": location, "msg": message, "type": kind}])
+
+
+def invalid_input(source: str, error: msgspec.DecodeError) -> Problem:
+    """Return the problem for what msgspec could not decode from the body, the query or the path (`source`)."""
+    if not isinstance(error, msgspec.ValidationError):
+        return invalid([source], f"not valid JSON: {error}", "json_invalid")
+    message, _, path = str(error).partition(" - at `$")
+    location: list[str | int] = [source]
+    location += [int(index) if index else name for name, index in re.findall(r"\.(\w+)|\[(\d+)\]", path)]
+    kind = "value_error"
+    if field := re.fullmatch(r"Object missing required field `(\w+)`", message):
+        location, message, kind = [*location, field[1]], "Field required", "missing"
+    elif field := re.fullmatch(r"Object contains unknown field `(.*)`", message, re.DOTALL):
+        location, message, kind = [*location, field[1]], "Unknown field", "extra_forbidden"
+    return invalid(location, message, kind)
+
+
+def unavailable(detail: str) -> Problem:
+    """Return the 503 that says: the outcome is unknown, ask again with the same operation_uuid."""
+    return Problem(503, "unavailable", detail, headers={"Retry-After": "1"})
+
+
+@web.middleware
+async def problems(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Answer whatever a handler raises as problem+json."""
+    try:
+        return await handler(request)
+    except Problem as problem:
+        return problem.response()
+    except web.HTTPException as error:
+        if error.status < 400:
+            raise
+        headers = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else None
+        return Problem(error.status, _HTTP_CODES.get(error.status, "http_error"), error.reason, headers=headers).response()
+    except asyncpg.PostgresError as error:
+        return _database_problem(error).response()
+    except (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError) as error:
+        _log.warning("no answer from the database: %s", type(error).__name__)
+        return unavailable("The database did not answer in time").response()
+    except Exception:
+        _log.exception("unexpected error")
+        return Problem(500, "internal_error", "Internal error").response()
+
+
+def _database_problem(error: asyncpg.PostgresError) -> Problem:
+    sqlstate: Any = error.sqlstate
+    if sqlstate in REFUSALS:
+        return refusal(sqlstate, str(error.args[0]))
+    _log.error("the database answered SQLSTATE %s: %s", sqlstate, type(error).__name__)
+    return unavailable("The database cannot serve this request now")

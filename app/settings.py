@@ -1,0 +1,62 @@
+"""Settings: environment variables, all optional. The table in the README says the same."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+
+
+class StartupError(Exception):
+    """The service cannot start; the message is one line for the person who started it."""
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """What can be set; each field is the environment variable of the same name in capitals."""
+
+    database_url: str | None = None
+    """The PostgreSQL to use, as a libpq URI; none: an embedded one."""
+    wallet_data_dir: Path = CHECKOUT / ".wallet"
+    """Where the embedded PostgreSQL keeps its data."""
+    host: str = "127.0.0.1"
+    port: int = 8000
+    workers: int = 1
+    """Processes that serve requests."""
+    pool_size: int = 10
+    """Connections to PostgreSQL, at most, in each worker."""
+    request_deadline: float = 10.0
+    """Seconds until a request that the database has not answered gets a 503."""
+    shutdown_timeout: float = 30.0
+    """Seconds that requests in flight have to finish once the service is told to stop."""
+
+
+_BOUNDS = {
+    "port": (1, 65535),
+    "workers": (1, 64),
+    "pool_size": (1, 1000),
+    "request_deadline": (0.1, 3600),
+    "shutdown_timeout": (0, 3600),
+}
+
+
+def from_environment(environment: Mapping[str, str] = os.environ) -> Settings:
+    """Read the settings. An empty variable counts as absent. Raises StartupError, naming the variable."""
+    values: dict[str, object] = {}
+    for field in msgspec.structs.fields(Settings):
+        name, text = field.name.upper(), environment.get(field.name.upper(), "")
+        if not text:
+            continue
+        if field.type is Path:
+            values[field.name] = Path(text).absolute()
+            continue
+        try:
+            value = msgspec.convert(text, field.type, strict=False)
+        except msgspec.ValidationError:
+            raise StartupError(f"{name}: not a number: {text!r}") from None
+        low, high = _BOUNDS.get(field.name, (None, None))
+        if low is not None and high is not None and not low <= value <= high:
+            raise StartupError(f"{name}: must be from {low} to {high}, not {text}")
+        values[field.name] = value
+    return msgspec.convert(values, Settings)

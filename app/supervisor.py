@@ -1,0 +1,126 @@
+"""The process that was started: it keeps PostgreSQL and the workers running, and stops them in order."""
+
+import asyncio
+import contextlib
+import multiprocessing
+import os
+import signal
+import socket
+import time
+from multiprocessing.process import BaseProcess
+
+import msgspec
+from aiohttp import web
+
+from app import database
+from app.application import make_app
+from app.embedded import Postgres, die_with_parent
+from app.migrations import LOGIN, bring_up_to_date
+from app.settings import Settings, StartupError
+
+BACKLOG = 1024
+"""Connections that may wait to be accepted."""
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)
+_fork = multiprocessing.get_context("fork")
+
+
+def serve(settings: Settings) -> None:
+    """Serve until SIGINT or SIGTERM. Raises StartupError if that cannot begin."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the workers run, both interrupt the start
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(listening) for listening in listen(settings)]
+        postgres = None
+        if settings.database_url is None:
+            postgres = Postgres(settings.wallet_data_dir)
+            stack.callback(postgres.stop)
+            settings = start_embedded(postgres, settings)
+        assert settings.database_url is not None
+        asyncio.run(database.check(settings.database_url))
+        announce(settings, postgres)
+        supervise(settings, sockets, postgres)
+
+
+def listen(settings: Settings) -> list[socket.socket]:
+    """Return a listening socket for each worker. Raises StartupError if the address cannot be had.
+
+    Sockets that share a port would also share it with another service that shares it, so the first is opened alone.
+    """
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(
+            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        alone = socket.create_server(address[:2], family=family, backlog=BACKLOG)
+        if settings.workers == 1:
+            return [alone]
+        alone.close()
+        return [
+            socket.create_server(address[:2], family=family, backlog=BACKLOG, reuse_port=True)
+            for _ in range(settings.workers)
+        ]
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
+        raise StartupError(f"cannot listen on {settings.host}:{settings.port}: {reason}") from None
+
+
+def start_embedded(postgres: Postgres, settings: Settings) -> Settings:
+    """Start the embedded database, bring it up to date and return the settings that name it."""
+    postgres.start()
+    asyncio.run(bring_up_to_date(postgres))
+    return msgspec.structs.replace(settings, database_url=postgres.url(LOGIN))
+
+
+def announce(settings: Settings, postgres: Postgres | None) -> None:
+    """Print where the service listens, where its data lies and what to try."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(settings.host, settings.host)
+    url = f"http://{host}:{settings.port}"
+    print(f"Listening on {url}")
+    print(f"Data in {postgres.home} (embedded PostgreSQL)" if postgres else "Data in the PostgreSQL of DATABASE_URL")
+    print(f"Try: curl {url}/api/v1/wallets/1111111111", flush=True)
+
+
+def supervise(settings: Settings, sockets: list[socket.socket], postgres: Postgres | None) -> None:
+    """Run a worker on each socket, start again what ends by itself, and return when a signal says so."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    workers = [start_worker(settings, listening) for listening in sockets]
+    while signal.sigwait(_SIGNALS) == signal.SIGCHLD:
+        if postgres is not None and not postgres.is_running():
+            print("PostgreSQL ended; starting it again", flush=True)
+            postgres.start()
+        for number, worker in enumerate(workers):
+            if not worker.is_alive():
+                print(f"Worker {worker.pid} ended with {worker.exitcode}; starting another", flush=True)
+                time.sleep(0.5)
+                workers[number] = start_worker(settings, sockets[number])
+
+    for listening in sockets:
+        listening.close()
+    for worker in workers:
+        worker.terminate()
+    deadline = time.monotonic() + settings.shutdown_timeout + 5
+    for worker in workers:
+        worker.join(max(deadline - time.monotonic(), 0.1))
+        worker.kill()
+
+
+def start_worker(settings: Settings, listening: socket.socket) -> BaseProcess:
+    """Fork a worker that serves one socket."""
+    worker = _fork.Process(target=work, args=(settings, listening, os.getpid()), daemon=True)
+    worker.start()
+    return worker
+
+
+def work(settings: Settings, listening: socket.socket, supervisor: int) -> None:
+    """Serve one socket until SIGTERM; then answer what is in flight."""
+    die_with_parent(signal.SIGKILL)
+    if os.getppid() != supervisor:
+        return
+    os.setsid()  # a Ctrl-C is for the supervisor, which then stops the workers in its turn
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+    web.run_app(
+        make_app(settings),
+        sock=listening,
+        print=None,
+        access_log=None,
+        shutdown_timeout=settings.shutdown_timeout,
+    )

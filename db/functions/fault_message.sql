@@ -1,0 +1,17 @@
+create or replace function wallet.fault_message(p_sqlstate text)
+returns text
+language sql immutable
+as $$
+  select case p_sqlstate
+    when 'WA402' then 'Not enough money'
+    when 'WA404' then 'Wallet not found'
+    when 'WA409' then 'Transaction already exists'
+    when 'WA414' then 'Operation not found'
+    when 'WA416' then 'Balance out of range'
+    when 'WA419' then 'Wallet already exists'
+  end
+$$;
+
+comment on function wallet.fault_message(text) is
+  'Internal: the message that goes with a SQLSTATE; REST clients see it as detail. '
+  'Neither security definer nor pinned, so that it is inlined into its callers, which are.';

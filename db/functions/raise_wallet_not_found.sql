@@ -1,0 +1,19 @@
+create or replace function wallet.raise_wallet_not_found(p_wallet_uuid text)
+returns void
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_fault text := wallet.name_fault(p_wallet_uuid);
+begin
+  if v_fault is not null then
+    raise sqlstate 'WA400' using message = v_fault;
+  end if;
+
+  raise sqlstate 'WA404' using message = wallet.fault_message('WA404');
+end
+$$;
+
+comment on function wallet.raise_wallet_not_found(text) is
+  'Internal: says why no wallet was found under this name. A wallet that exists has a good name, so names are looked at only here. '
+  'Raises WA400 (null or bad name) or WA404, always one of them.';

@@ -1,0 +1,22 @@
+-- wallet_app calls functions and touches no table; wallet_reader reads and changes nothing; PUBLIC has nothing.
+-- Functions named *_fault and raise_* are internal: they run as part of the others, with the owner's rights.
+revoke all on schema wallet from public;
+revoke all on all tables in schema wallet from public;
+revoke all on all functions in schema wallet from public;
+
+grant usage on schema wallet to wallet_app, wallet_reader;
+
+grant execute on function
+  wallet.create_wallet(text),
+  wallet.apply_operation(text, uuid, text, bigint),
+  wallet.apply_operations(text[], uuid[], text[], bigint[])
+to wallet_app;
+
+grant execute on function
+  wallet.get_wallet(text),
+  wallet.get_operation(text, uuid),
+  wallet.list_operations(text, bigint, int),
+  wallet.verify()
+to wallet_app, wallet_reader;
+
+grant select on wallet.wallet, wallet.operation to wallet_reader;

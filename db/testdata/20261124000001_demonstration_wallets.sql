@@ -1,0 +1,30 @@
+-- migrate:up
+
+set local role wallet_owner;
+
+select wallet.create_wallet(n::text) from unnest(array[1111111111, 2222222222, 3333333333, 4444444444, 5555555555]) as n;
+
+select wallet.apply_operation(w.uuid, format('00000000-0000-4000-8000-%s', lpad(w.uuid, 12, '0'))::uuid, 'DEPOSIT', 1500)
+from wallet.wallet as w
+where w.uuid in ('1111111111', '2222222222', '3333333333', '4444444444', '5555555555')
+order by w.uuid;
+
+reset role;
+
+-- migrate:down
+
+set local role wallet_owner;
+
+-- Nobody may create a wallet between the look at the highest id and the restart of the numbers behind it.
+lock table wallet.wallet in share row exclusive mode;
+
+delete from wallet.operation
+where wallet_uuid in ('1111111111', '2222222222', '3333333333', '4444444444', '5555555555');
+
+delete from wallet.wallet
+where uuid in ('1111111111', '2222222222', '3333333333', '4444444444', '5555555555');
+
+select setval(pg_get_serial_sequence('wallet.wallet', 'id'), coalesce(max(id), 0) + 1, false)
+from wallet.wallet;
+
+reset role;
