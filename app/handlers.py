@@ -6,26 +6,33 @@ import asyncpg
 import msgspec
 from aiohttp import web
 
-from app import database
+from app import database, lanes
 from app.database import POOL
+from app.lanes import BULK, Outcome, Request
 from app.messages import (
+    BULK_BODY_LIMIT,
+    Applied,
     NewOperation,
+    NewOperations,
     NewWallet,
     OperationPage,
     Page,
+    Refused,
+    Results,
     operation_uuid,
     read_body,
     read_query,
     respond,
     wallet_uuid,
 )
-from app.problems import Problem, refusal
+from app.problems import REFUSALS, Problem, refusal
 
 READY_TIMEOUT = 2.0
 """Seconds that the database has to answer a readiness check."""
 
 _new_wallet = msgspec.json.Decoder(NewWallet)
 _new_operation = msgspec.json.Decoder(NewOperation)
+_new_operations = msgspec.json.Decoder(NewOperations)
 
 
 async def create_wallet(request: web.Request) -> web.Response:
@@ -44,13 +51,21 @@ async def apply_operation(request: web.Request) -> web.Response:
     """POST /api/v1/wallets/{wallet_uuid}/operation"""
     name = wallet_uuid(request)
     operation = await read_body(request, _new_operation)
-    try:
-        await database.apply_operation(request.app[POOL], name, operation)
-    except asyncpg.PostgresError as error:
-        if error.sqlstate != "WA409":
-            raise
-        raise await _duplicate(request, name, operation, str(error)) from None
+    asked = Request(name, operation.operation_uuid, operation.operation_type, operation.amount)
+    outcome = await lanes.apply(request.app, asked)
+    if outcome.sqlstate is not None:
+        recorded = outcome.recorded(asked)
+        same_request = None if recorded is None else outcome.is_repeat_of(asked)
+        raise refusal(outcome.sqlstate, str(outcome.message), operation=recorded, same_request=same_request)
     return respond(operation.operation_uuid)
+
+
+async def apply_operations(request: web.Request) -> web.Response:
+    """POST /api/v1/operations"""
+    new = await read_body(request, _new_operations, BULK_BODY_LIMIT)
+    asked = [Request(o.wallet_uuid, o.operation_uuid, o.operation_type, o.amount) for o in new.operations]
+    outcomes = await request.app[BULK].apply(asked) if asked else []
+    return respond(Results([_result(o, outcome) for o, outcome in zip(asked, outcomes, strict=True)]))
 
 
 async def list_operations(request: web.Request) -> web.Response:
@@ -75,7 +90,7 @@ async def healthz(_request: web.Request) -> web.Response:
 async def readyz(request: web.Request) -> web.Response:
     """GET /readyz: the database answers and is migrated."""
     try:
-        async with asyncio.timeout(READY_TIMEOUT), request.app[POOL].acquire() as connection:
+        async with asyncio.timeout(READY_TIMEOUT), request.app[POOL].connection() as connection:
             migrated = await database.is_migrated(connection)
     except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError):
         raise Problem(503, "unavailable", "The database does not answer", headers={"Retry-After": "1"}) from None
@@ -84,11 +99,7 @@ async def readyz(request: web.Request) -> web.Response:
     return respond({"status": "ok"})
 
 
-async def _duplicate(request: web.Request, name: str, operation: NewOperation, message: str) -> Problem:
-    """Return the problem for an operation that exists, with what is recorded if it is this wallet's."""
-    try:
-        recorded = await database.get_operation(request.app[POOL], name, operation.operation_uuid)
-    except asyncpg.PostgresError:
-        return refusal("WA409", message)
-    same = (recorded.operation_type, recorded.amount) == (operation.operation_type, operation.amount)
-    return refusal("WA409", message, operation=recorded, same_request=same)
+def _result(asked: Request, outcome: Outcome) -> Applied | Refused:
+    if outcome.sqlstate is None:
+        return Applied(asked.operation_uuid, True, outcome.balance_after, outcome.seq)
+    return Refused(asked.operation_uuid, False, REFUSALS[outcome.sqlstate][1], str(outcome.message))

@@ -14,6 +14,8 @@ from app.problems import Problem, invalid, invalid_input
 
 BODY_LIMIT = 64 * 1024
 """Bytes of a request body, at most."""
+BULK_BODY_LIMIT = 4 * 1024 * 1024
+"""Bytes of the body of a bulk request, at most: room for 10,000 operations with the longest names."""
 BODY_TIMEOUT = 10.0
 """Seconds that a client has to send its body."""
 
@@ -36,6 +38,21 @@ class NewOperation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     operation_uuid: UUID
     operation_type: Literal["DEPOSIT", "WITHDRAW"]
     amount: Amount
+
+
+class BulkOperation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One operation of a bulk request. `amount` is in minor units."""
+
+    wallet_uuid: WalletUuid
+    operation_uuid: UUID
+    operation_type: Literal["DEPOSIT", "WITHDRAW"]
+    amount: Amount
+
+
+class NewOperations(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The body of a bulk request."""
+
+    operations: Annotated[list[BulkOperation], msgspec.Meta(max_length=10_000)]
 
 
 class Page(msgspec.Struct, frozen=True):
@@ -72,6 +89,30 @@ class OperationPage(msgspec.Struct, frozen=True):
     next: int | None
 
 
+class Applied(msgspec.Struct, frozen=True):
+    """The outcome of an operation of a bulk request that was applied. `balance_after` is in minor units."""
+
+    operation_uuid: UUID
+    applied: Literal[True]
+    balance_after: int
+    seq: int
+
+
+class Refused(msgspec.Struct, frozen=True):
+    """The outcome of an operation of a bulk request that was refused."""
+
+    operation_uuid: UUID
+    applied: Literal[False]
+    code: str
+    detail: str
+
+
+class Results(msgspec.Struct, frozen=True):
+    """The outcomes of a bulk request, in the order of its operations."""
+
+    results: list[Applied | Refused]
+
+
 async def read_body(request: web.Request, decoder: msgspec.json.Decoder[T], limit: int = BODY_LIMIT) -> T:
     """Decode a request's body. Raises Problem: 400 for bad JSON or bad values, 408, 413, 415."""
     _check_content_type(request)
@@ -84,10 +125,10 @@ async def read_body(request: web.Request, decoder: msgspec.json.Decoder[T], limi
         raise invalid(["body"], "not valid JSON: nested too deeply", "json_invalid") from None
 
 
-def read_query(query: Mapping[str, str], type: type[T]) -> T:
+def read_query(query: Mapping[str, str], shape: type[T]) -> T:
     """Decode a request's query. Raises Problem (400)."""
     try:
-        return msgspec.convert(dict(query), type, strict=False)
+        return msgspec.convert(dict(query), shape, strict=False)
     except msgspec.ValidationError as error:
         raise invalid_input("query", error) from None
 
@@ -111,13 +152,11 @@ def operation_uuid(request: web.Request) -> UUID:
 
 def respond(body: object, status: int = 200, **headers: str) -> web.Response:
     """Return a JSON response."""
-    return web.Response(
-        body=msgspec.json.encode(body), status=status, headers=headers, content_type="application/json"
-    )
+    return web.Response(body=msgspec.json.encode(body), status=status, headers=headers, content_type="application/json")
 
 
 def _check_content_type(request: web.Request) -> None:
-    """Take JSON and take it for JSON where the client doesn't say (RFC 9110, section 8.3); UTF-8 (RFC 8259, section 8.1)."""
+    """Take JSON (in UTF-8: RFC 8259, section 8.1), also where the client doesn't say (RFC 9110, section 8.3)."""
     if "Content-Type" not in request.headers:
         return
     is_json = request.content_type == "application/json" or request.content_type.endswith("+json")

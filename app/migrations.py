@@ -1,4 +1,4 @@
-"""Bringing the embedded database up to date: dbmate's migrations, the service's login role, the demonstration wallets."""
+"""Bringing the embedded database up to date: migrations, the service's login, the demonstration wallets."""
 
 import os
 import shutil
@@ -37,7 +37,15 @@ def dbmate(url: str, folder: str, *command: str) -> None:
     program = shutil.which("dbmate", path=os.pathsep.join([beside_python, os.environ.get("PATH", "")]))
     if program is None:
         raise StartupError("dbmate is not installed: pip install -r requirements.txt")
-    options = ["--env-file", os.devnull, "--url", url, "--migrations-dir", str(CHECKOUT / "db" / folder), "--no-dump-schema"]
+    options = [
+        "--env-file",
+        os.devnull,
+        "--url",
+        url,
+        "--migrations-dir",
+        str(CHECKOUT / "db" / folder),
+        "--no-dump-schema",
+    ]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("DBMATE_")}
     ran = subprocess.run([program, *options, *command], env=environment, capture_output=True, text=True)
     if ran.returncode:

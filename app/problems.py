@@ -3,7 +3,6 @@
 import logging
 import re
 from http import HTTPStatus
-from typing import Any
 
 import asyncpg
 import msgspec
@@ -21,6 +20,14 @@ REFUSALS = {
 }
 """What the functions in db/ refuse, by SQLSTATE: the HTTP status and the code. The detail is the SQL message."""
 
+
+class Refusal(asyncpg.PostgresError):
+    """A function in db/ refused its arguments: a definite answer, nothing was changed."""
+
+
+for _sqlstate in REFUSALS:  # asyncpg raises the class that declares the SQLSTATE
+    type(f"Refusal{_sqlstate}", (Refusal,), {"sqlstate": _sqlstate})
+
 _HTTP_CODES = {
     404: "not_found",
     405: "method_not_allowed",
@@ -33,17 +40,23 @@ _log = logging.getLogger("wallet")
 
 
 class Problem(Exception):
-    """An answer that is not a success. `members` are RFC 9457 extension members, None ones left out."""
+    """An answer that is not a success. `members` are RFC 9457 extension members; those that are None are left out."""
 
     def __init__(
-        self, status: int, code: str, detail: str, *, headers: dict[str, str] | None = None, **members: object
+        self,
+        status: int,
+        code: str,
+        detail: str,
+        *,
+        headers: dict[str, str] | None = None,
+        members: dict[str, object] | None = None,
     ) -> None:
         super().__init__(detail)
         self.status = status
         self.code = code
         self.detail = detail
         self.headers = headers
-        self.members = members
+        self.members = members or {}
 
     def response(self) -> web.Response:
         """Return the problem as an application/problem+json response."""
@@ -68,13 +81,14 @@ def refusal(sqlstate: str, message: str, **members: object) -> Problem:
     status, code = REFUSALS[sqlstate]
     if sqlstate == "WA400":
         members["errors"] = [{"loc": ["body"], "msg": message, "type": "value_error"}]
-    return Problem(status, code, message, **members)
+    return Problem(status, code, message, members=members)
 
 
 def invalid(location: list[str | int], message: str, kind: str = "value_error") -> Problem:
     """Return the problem for input that fails validation: where, what, and pydantic's word for what kind."""
     detail = f"{'.'.join(map(str, location))}: {message}"
-    return Problem(400, "invalid_request", detail, errors=[{"loc": location, "msg": message, "type": kind}])
+    errors = [{"loc": location, "msg": message, "type": kind}]
+    return Problem(400, "invalid_request", detail, members={"errors": errors})
 
 
 def invalid_input(source: str, error: msgspec.DecodeError) -> Problem:
@@ -108,20 +122,17 @@ async def problems(request: web.Request, handler: Handler) -> web.StreamResponse
         if error.status < 400:
             raise
         headers = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else None
-        return Problem(error.status, _HTTP_CODES.get(error.status, "http_error"), error.reason, headers=headers).response()
+        return Problem(
+            error.status, _HTTP_CODES.get(error.status, "http_error"), error.reason, headers=headers
+        ).response()
+    except Refusal as error:
+        return refusal(str(error.sqlstate), str(error)).response()
     except asyncpg.PostgresError as error:
-        return _database_problem(error).response()
+        _log.error("the database answered SQLSTATE %s: %s", error.sqlstate, type(error).__name__)
+        return unavailable("The database cannot serve this request now").response()
     except (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError) as error:
         _log.warning("no answer from the database: %s", type(error).__name__)
         return unavailable("The database did not answer in time").response()
     except Exception:
         _log.exception("unexpected error")
         return Problem(500, "internal_error", "Internal error").response()
-
-
-def _database_problem(error: asyncpg.PostgresError) -> Problem:
-    sqlstate: Any = error.sqlstate
-    if sqlstate in REFUSALS:
-        return refusal(sqlstate, str(error.args[0]))
-    _log.error("the database answered SQLSTATE %s: %s", sqlstate, type(error).__name__)
-    return unavailable("The database cannot serve this request now")

@@ -26,6 +26,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Processes that serve requests."""
     pool_size: int = 10
     """Connections to PostgreSQL, at most, in each worker."""
+    lanes: int = 2
+    """Lanes in each worker: how many calls that change wallets it has in flight."""
+    lane_batch: int = 512
+    """Operations that go in one call, at most."""
+    lane_queue: int = 4096
+    """Requests that may wait in a lane; one more gets a 429."""
+    bulk_queue: int = 32
+    """Bulk requests that may wait in a worker; one more gets a 429."""
     request_deadline: float = 10.0
     """Seconds until a request that the database has not answered gets a 503."""
     shutdown_timeout: float = 30.0
@@ -36,6 +44,10 @@ _BOUNDS = {
     "port": (1, 65535),
     "workers": (1, 64),
     "pool_size": (1, 1000),
+    "lanes": (1, 64),
+    "lane_batch": (1, 10_000),
+    "lane_queue": (1, 1_000_000),
+    "bulk_queue": (1, 1000),
     "request_deadline": (0.1, 3600),
     "shutdown_timeout": (0, 3600),
 }

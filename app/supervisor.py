@@ -10,6 +10,7 @@ import time
 from multiprocessing.process import BaseProcess
 
 import msgspec
+import uvloop
 from aiohttp import web
 
 from app import database
@@ -47,7 +48,7 @@ def listen(settings: Settings) -> list[socket.socket]:
     Sockets that share a port would also share it with another service that shares it, so the first is opened alone.
     """
     try:
-        family, kind, _, _, address = socket.getaddrinfo(
+        family, _, _, _, address = socket.getaddrinfo(
             settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         alone = socket.create_server(address[:2], family=family, backlog=BACKLOG)
@@ -120,6 +121,7 @@ def work(settings: Settings, listening: socket.socket, supervisor: int) -> None:
     web.run_app(
         make_app(settings),
         sock=listening,
+        loop=uvloop.new_event_loop(),
         print=None,
         access_log=None,
         shutdown_timeout=settings.shutdown_timeout,

@@ -238,6 +238,7 @@ begin
     ) as l
   ) as n;
 
+  <<attempt>>
   loop
     v_balances := v_locked_balances;
     v_wallet_seqs := v_locked_seqs;
@@ -291,6 +292,10 @@ begin
       else
         v_balance := v_balances[v_number];
         v_fault := wallet.funds_fault(p_operation_types[v_ordinal], p_amounts[v_ordinal], v_balance);
+        if v_fault is not null and not v_look_up then
+          v_look_up := true;
+          continue attempt;
+        end if;
       end if;
 
       if v_fault is not null then
@@ -800,15 +805,6 @@ CREATE TABLE public.schema_migrations (
 
 
 --
--- Name: wallet_testdata_migrations; Type: TABLE; Schema: public; Owner: -
---
-
-CREATE TABLE public.wallet_testdata_migrations (
-    version character varying NOT NULL
-);
-
-
---
 -- Name: wallet_id_seq; Type: SEQUENCE; Schema: wallet; Owner: -
 --
 
@@ -828,14 +824,6 @@ ALTER TABLE wallet.wallet ALTER COLUMN id ADD GENERATED ALWAYS AS IDENTITY (
 
 ALTER TABLE ONLY public.schema_migrations
     ADD CONSTRAINT schema_migrations_pkey PRIMARY KEY (version);
-
-
---
--- Name: wallet_testdata_migrations wallet_testdata_migrations_pkey; Type: CONSTRAINT; Schema: public; Owner: -
---
-
-ALTER TABLE ONLY public.wallet_testdata_migrations
-    ADD CONSTRAINT wallet_testdata_migrations_pkey PRIMARY KEY (version);
 
 
 --

@@ -1,10 +1,11 @@
 -- Every wallet of the batch is locked first, in the order of uuid, and every insert goes in the order of
 -- operation_uuid: two batches that share wallets or operations wait for each other in one direction only.
 --
--- A batch without duplicates pays nothing for them: it inserts, and only when the unique index objects does it look up
--- what is recorded already, decide again and insert the rest. Whoever held one of the operation_uuids has committed
--- by then, because the insert waited for it, so each look-up finds more of them than the one before. Only under a snapshot
--- older than that commit (repeatable read, serializable) does it find no more: then the caller's transaction must start again.
+-- A batch without duplicates pays nothing for them: it inserts, and looks up what is recorded already only when the unique
+-- index objects, or when a balance refuses what may be a repeat and must then hear that it exists. It decides again and
+-- inserts the rest. Whoever held one of the operation_uuids has committed by then, because the insert waited for it, so each
+-- look-up after the first finds more of them than the one before. Only under a snapshot older than that commit (repeatable
+-- read, serializable) does it find no more: then the caller's transaction must start again.
 --
 -- The decisions run in the order of the requests, over arrays: one entry a request for what comes out (by ordinal), one a
 -- wallet for the state in between (by number; v_numbers is the dictionary from uuid to number). The plans are pinned to
@@ -89,6 +90,7 @@ begin
     ) as l
   ) as n;
 
+  <<attempt>>
   loop
     v_balances := v_locked_balances;
     v_wallet_seqs := v_locked_seqs;
@@ -142,6 +144,10 @@ begin
       else
         v_balance := v_balances[v_number];
         v_fault := wallet.funds_fault(p_operation_types[v_ordinal], p_amounts[v_ordinal], v_balance);
+        if v_fault is not null and not v_look_up then
+          v_look_up := true;
+          continue attempt;
+        end if;
       end if;
 
       if v_fault is not null then

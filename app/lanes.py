@@ -1,0 +1,303 @@
+"""The hot lane: requests for one wallet share a call instead of queueing for its row lock one commit at a time.
+
+A wallet always uses the same lane of a process. A lane has one call in flight; what arrives meanwhile waits, and all
+of it goes in the next call, one commit for all. An idle lane sends at once. The queue is bounded, and a request's
+deadline is its caller's own: it holds even if the lane is stuck.
+"""
+
+import asyncio
+import contextlib
+import logging
+import random
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
+from datetime import datetime
+from typing import Any, NamedTuple
+from uuid import UUID
+
+import asyncpg
+from aiohttp import web
+
+from app.database import SETTINGS, connect, session_survives
+from app.messages import Operation
+from app.problems import Problem, Refusal
+from app.settings import Settings
+
+BULK_LINES = 2
+"""Connections for bulk requests in each worker."""
+
+_APPLY = """
+select
+  sqlstate, message, balance_after, seq,
+  case when sqlstate is not null then operation_type end,
+  case when sqlstate is not null then amount end,
+  case when sqlstate is not null then created_at end
+from wallet.apply_operations($1, $2, $3, $4)
+"""
+
+_APPLY_ONE = """
+select null, null, balance_after, seq, null, null, null
+from wallet.apply_operation($1, $2, $3, $4)
+"""
+
+_log = logging.getLogger("wallet")
+
+
+class Request(NamedTuple):
+    """One operation to apply. `amount` is in minor units."""
+
+    wallet_uuid: str
+    operation_uuid: UUID
+    operation_type: str
+    amount: int
+
+
+class Outcome(NamedTuple):
+    """What came of a request: a row of wallet.apply_operations.
+
+    `sqlstate` and `message` are None for an applied one. A duplicate carries the recorded operation if it belongs to
+    the same wallet; otherwise the rest is None.
+    """
+
+    sqlstate: str | None
+    message: str | None
+    balance_after: int
+    seq: int
+    operation_type: str
+    amount: int
+    created_at: datetime | None
+
+    def is_repeat_of(self, request: Request) -> bool:
+        """Tell whether this is a duplicate whose record is the very same request."""
+        same = (self.operation_type, self.amount) == (request.operation_type, request.amount)
+        return self.sqlstate == "WA409" and same
+
+    def recorded(self, request: Request) -> Operation | None:
+        """Return the operation on record for a duplicate of the same wallet."""
+        if self.seq is None or self.created_at is None:
+            return None
+        return Operation(
+            request.operation_uuid,
+            request.wallet_uuid,
+            str(self.operation_type),
+            int(self.amount or 0),
+            int(self.balance_after or 0),
+            self.seq,
+            self.created_at,
+        )
+
+
+Waiting = tuple[Request, asyncio.Future[Outcome]]
+"""A request and the future of its outcome."""
+
+
+class Line:
+    """A connection to wallet.apply_operations that survives whatever happens to the connection.
+
+    One call at a time. A call whose outcome was lost is made again, once its backend is gone: otherwise a refusal could
+    be answered now and the old call still apply the operation later. What the lost call had committed comes back as a
+    duplicate of the very same request, and is the success that it is.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._connection: Any = None
+        self._backend: Any = None
+        self._abandoned: list[Any] = []
+
+    async def apply(self, requests: Sequence[Request]) -> list[Outcome]:
+        """Apply requests in one call and return their outcomes, in order, once they are committed.
+
+        Tries until the database gives a definite answer: bounded by the caller's timeout, after which nothing is known.
+        """
+        lost = False
+        delay = 0.02
+        while True:
+            try:
+                outcomes = await self._call(requests)
+                break
+            except asyncpg.PostgresError as error:
+                _log.warning("a call failed and is made again: SQLSTATE %s", error.sqlstate)
+                lost = lost or not session_survives(error)
+            except (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError) as error:
+                _log.warning("a call was lost and is made again: %s", type(error).__name__)
+                lost = True
+            await asyncio.sleep(delay * random.uniform(0.5, 1.5))
+            delay = min(delay * 2, 0.25)
+        return _recognise(requests, outcomes) if lost else outcomes
+
+    async def close(self) -> None:
+        """Close the connection."""
+        if self._connection is not None:
+            self._connection.terminate()
+            self._connection = None
+
+    async def _call(self, requests: Sequence[Request]) -> list[Outcome]:
+        if self._connection is None:
+            await self._connect()
+        try:
+            if len(requests) == 1:  # the shorter way for a lone client; what it refuses, the array function explains
+                with contextlib.suppress(Refusal):
+                    return [Outcome._make(await self._connection.fetchrow(_APPLY_ONE, *requests[0]))]
+            arguments = [list(column) for column in zip(*requests, strict=True)]
+            return [Outcome._make(row) for row in await self._connection.fetch(_APPLY, *arguments)]
+        except BaseException as error:
+            if not session_survives(error):  # it ended, perhaps between the commit and the answer
+                self._abandon()
+            raise
+
+    def _abandon(self) -> None:
+        self._abandoned.append(self._backend)
+        self._connection.terminate()
+        self._connection = None
+
+    async def _connect(self) -> None:
+        connection = await connect(self._url, "wallet lane")
+        try:
+            while self._abandoned:
+                pid, started = self._abandoned[-1]
+                alive = await connection.fetchval(
+                    "select count(pg_terminate_backend(pid)) from pg_stat_activity"
+                    " where pid = $1 and backend_start = $2",
+                    pid,
+                    started,
+                )
+                if alive:
+                    await asyncio.sleep(0.01)
+                else:
+                    self._abandoned.pop()
+            self._backend = await connection.fetchrow(
+                "select pid, backend_start from pg_stat_activity where pid = pg_backend_pid()"
+            )
+        except BaseException:
+            connection.terminate()
+            raise
+        self._connection = connection
+
+
+def _recognise(requests: Sequence[Request], outcomes: list[Outcome]) -> list[Outcome]:
+    """Turn the duplicates that an earlier, lost call of the same requests had applied into the successes that they are.
+
+    An operation that was sent twice within the call succeeds once.
+    """
+    own: set[UUID] = set()
+    recognised = []
+    for request, outcome in zip(requests, outcomes, strict=True):
+        if outcome.is_repeat_of(request) and request.operation_uuid not in own:
+            own.add(request.operation_uuid)
+            outcome = outcome._replace(sqlstate=None, message=None)
+        recognised.append(outcome)
+    return recognised
+
+
+class Lane:
+    """A queue of requests and the task that sends them, all that wait in one call, one call at a time."""
+
+    def __init__(self, line: Line, settings: Settings) -> None:
+        self._line = line
+        self._deadline = settings.request_deadline
+        self._batch = settings.lane_batch
+        self._limit = settings.lane_queue
+        self._waiting: deque[Waiting] = deque()
+        self._arrived = asyncio.Event()
+
+    def apply(self, request: Request) -> asyncio.Future[Outcome]:
+        """Queue a request and return the future of its outcome. Raises Problem (429) if too many wait already."""
+        if len(self._waiting) >= self._limit:
+            raise overloaded()
+        future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self._waiting.append((request, future))
+        self._arrived.set()
+        return future
+
+    async def run(self) -> None:
+        """Send what waits, for ever.
+
+        Nothing is awaited between the look at the queue and the wait for an arrival, so none can slip in between unseen.
+        """
+        while True:
+            while not self._waiting:
+                self._arrived.clear()
+                await self._arrived.wait()
+            await self._send(self._next_batch())
+
+    def _next_batch(self) -> list[Waiting]:
+        batch: list[Waiting] = []
+        while self._waiting and len(batch) < self._batch:
+            request, future = self._waiting.popleft()
+            if not future.done():  # else its caller gave up before it was sent
+                batch.append((request, future))
+        return batch
+
+    async def _send(self, batch: list[Waiting]) -> None:
+        if not batch:
+            return
+        try:
+            async with asyncio.timeout(self._deadline):  # by then every caller has given up
+                outcomes = await self._line.apply([request for request, _ in batch])
+        except Exception as error:
+            if not isinstance(error, TimeoutError):
+                _log.exception("a lane failed")
+            for _, future in batch:
+                if not future.done():
+                    future.set_exception(TimeoutError())
+            return
+        for (_, future), outcome in zip(batch, outcomes, strict=True):
+            if not future.done():
+                future.set_result(outcome)
+
+
+class Bulk:
+    """A few lines for batches that clients made themselves: each goes in a call of its own."""
+
+    def __init__(self, lines: Sequence[Line], limit: int) -> None:
+        self._idle: asyncio.LifoQueue[Line] = asyncio.LifoQueue()
+        for line in lines:
+            self._idle.put_nowait(line)
+        self._limit = limit
+        self._waiting = 0
+
+    async def apply(self, requests: Sequence[Request]) -> list[Outcome]:
+        """Apply requests and return their outcomes, in order. Raises Problem (429) if too many batches wait already."""
+        if self._waiting >= self._limit:
+            raise overloaded()
+        self._waiting += 1
+        try:
+            line = await self._idle.get()
+        finally:
+            self._waiting -= 1
+        try:
+            return await line.apply(requests)
+        finally:
+            self._idle.put_nowait(line)
+
+
+LANES = web.AppKey("lanes", list[Lane])
+BULK = web.AppKey("bulk", Bulk)
+
+
+def overloaded() -> Problem:
+    """Return the 429 for a request that may not wait."""
+    return Problem(429, "overloaded", "Too many requests are waiting", headers={"Retry-After": "1"})
+
+
+def apply(app: web.Application, request: Request) -> asyncio.Future[Outcome]:
+    """Queue a request on its wallet's lane and return the future of its outcome. Raises Problem (429)."""
+    lanes = app[LANES]
+    return lanes[hash(request.wallet_uuid) % len(lanes)].apply(request)
+
+
+async def lanes(app: web.Application) -> AsyncIterator[None]:
+    """Run the lanes while the app runs. They end after the last handler has its answer."""
+    settings = app[SETTINGS]
+    assert settings.database_url is not None
+    lines = [Line(settings.database_url) for _ in range(settings.lanes + BULK_LINES)]
+    app[LANES] = [Lane(line, settings) for line in lines[: settings.lanes]]
+    app[BULK] = Bulk(lines[settings.lanes :], settings.bulk_queue)
+    tasks = [asyncio.create_task(lane.run()) for lane in app[LANES]]
+    yield
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    for line in lines:
+        await line.close()

@@ -1,0 +1,53 @@
+"""What the service is measured against: `python -m tests.bench.baselines ceiling|single PORT [DATABASE_URL]`.
+
+ceiling: parses and validates the same body and answers, without a database. single: one wallet.apply_operation a request.
+"""
+
+import asyncio
+import sys
+
+import msgspec
+import uvloop
+from aiohttp import web
+
+from app import database
+from app.application import deadline
+from app.database import POOL, SETTINGS
+from app.messages import NewOperation, read_body, respond, wallet_uuid
+from app.problems import problems
+from app.settings import Settings
+
+_decoder = msgspec.json.Decoder(NewOperation)
+
+
+async def ceiling(request: web.Request) -> web.Response:
+    wallet_uuid(request)
+    operation = await read_body(request, _decoder)
+    return respond(operation.operation_uuid)
+
+
+async def single(request: web.Request) -> web.Response:
+    name = wallet_uuid(request)
+    operation = await read_body(request, _decoder)
+    await request.app[POOL].fetch(
+        "select seq from wallet.apply_operation($1, $2, $3, $4)",
+        name,
+        operation.operation_uuid,
+        operation.operation_type,
+        operation.amount,
+    )
+    return respond(operation.operation_uuid)
+
+
+def main(kind: str, port: str, database_url: str | None = None) -> None:
+    app = web.Application(middlewares=[problems, deadline])
+    app[SETTINGS] = Settings(database_url=database_url, pool_size=32, request_deadline=60)
+    if database_url is not None:
+        app.cleanup_ctx.append(database.pool)
+    app.router.add_post("/api/v1/wallets/{wallet_uuid}/operation", {"ceiling": ceiling, "single": single}[kind])
+    asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
+    web.run_app(app, host="127.0.0.1", port=int(port), access_log=None, print=None)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
