@@ -1,9 +1,9 @@
-"""What the service is measured against: `python -m tests.bench.baselines ceiling|single PORT [DATABASE_URL]`.
+"""What the service is measured against, with the service's own settings: `python -m tests.bench.baselines KIND`.
 
-ceiling: parses and validates the same body and answers, without a database. single: one wallet.apply_operation a request.
+ceiling: parses and validates the same body and answers, without a database. single: one call of
+wallet.apply_operation a request.
 """
 
-import asyncio
 import sys
 
 import msgspec
@@ -15,7 +15,7 @@ from app.application import deadline
 from app.database import POOL, SETTINGS
 from app.messages import NewOperation, read_body, respond, wallet_uuid
 from app.problems import problems
-from app.settings import Settings
+from app.settings import from_environment
 
 _decoder = msgspec.json.Decoder(NewOperation)
 
@@ -39,15 +39,14 @@ async def single(request: web.Request) -> web.Response:
     return respond(operation.operation_uuid)
 
 
-def main(kind: str, port: str, database_url: str | None = None) -> None:
+def main(kind: str) -> None:
+    settings = from_environment()
     app = web.Application(middlewares=[problems, deadline])
-    app[SETTINGS] = Settings(database_url=database_url, pool_size=32, request_deadline=60)
-    if database_url is not None:
-        app.cleanup_ctx.append(database.pool)
+    app[SETTINGS] = settings
+    app.cleanup_ctx.append(database.pool)
     app.router.add_post("/api/v1/wallets/{wallet_uuid}/operation", {"ceiling": ceiling, "single": single}[kind])
-    asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
-    web.run_app(app, host="127.0.0.1", port=int(port), access_log=None, print=None)
+    web.run_app(app, host=settings.host, port=settings.port, loop=uvloop.new_event_loop(), access_log=None, print=None)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1])

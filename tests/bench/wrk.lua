@@ -1,7 +1,9 @@
--- Requests for wrk. Arguments after `--`: the share of balance reads in percent (100: reads only), then the number of wallets.
--- Wallet n is called w0001, w0002 ...; every operation has a random UUID of its own. Prints one line of JSON at the end.
+-- Requests for wrk. Arguments after `--`: how many wallets, the share of balance reads in percent, operations per request.
+-- Wallet n is called w00001, w00002 ...; every operation is a DEPOSIT of 1 under a random UUID. More than one operation goes as
+-- a bulk request. Prints one line of JSON at the end.
 
-local reads, wallets
+local random, format, concat = math.random, string.format, table.concat
+local wallets, reads, size
 local threads = 0
 
 function setup(thread)
@@ -10,22 +12,39 @@ function setup(thread)
 end
 
 function init(arguments)
-  reads, wallets = tonumber(arguments[1]), tonumber(arguments[2])
+  wallets, reads, size = tonumber(arguments[1]), tonumber(arguments[2]), tonumber(arguments[3])
   math.randomseed(os.time() * 1000 + number * 7919)
-  for _ = 1, 10 do math.random() end
+  for _ = 1, 10 do random() end
 end
 
-local random, format = math.random, string.format
+local function wallet()
+  return format("w%05d", wallets == 1 and 1 or random(1, wallets))
+end
+
+local function uuid()
+  return format("%08x-%04x-4%03x-8%03x-%06x%06x", random(0, 0xffffffff), random(0, 0xffff), random(0, 0xfff),
+    random(0, 0xfff), random(0, 0xffffff), random(0, 0xffffff))
+end
+
+local function post(path, body)
+  return "POST " .. path .. " HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\nContent-Length: "
+    .. #body .. "\r\n\r\n" .. body
+end
 
 function request()
-  local wallet = format("w%05d", wallets == 1 and 1 or random(1, wallets))
   if reads > 0 and random(1, 100) <= reads then
-    return "GET /api/v1/wallets/" .. wallet .. " HTTP/1.1\r\nHost: bench\r\n\r\n"
+    return "GET /api/v1/wallets/" .. wallet() .. " HTTP/1.1\r\nHost: bench\r\n\r\n"
   end
-  local uuid = format("%08x-%04x-4%03x-8%03x-%06x%06x", random(0, 0xffffffff), random(0, 0xffff), random(0, 0xfff),
-    random(0, 0xfff), random(0, 0xffffff), random(0, 0xffffff))
-  return "POST /api/v1/wallets/" .. wallet .. "/operation HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\n"
-    .. 'Content-Length: 95\r\n\r\n{"operation_uuid":"' .. uuid .. '","operation_type":"DEPOSIT","amount":1}'
+  if size == 1 then
+    return post("/api/v1/wallets/" .. wallet() .. "/operation",
+      '{"operation_uuid":"' .. uuid() .. '","operation_type":"DEPOSIT","amount":1}')
+  end
+  local items, rest = {}, uuid():sub(9)
+  for n = 1, size do
+    items[n] = '{"wallet_uuid":"' .. wallet() .. '","operation_uuid":"' .. format("%08x", random(0, 0xffffffff)) .. rest
+      .. '","operation_type":"DEPOSIT","amount":1}'
+  end
+  return post("/api/v1/operations", '{"operations":[' .. concat(items, ",") .. "]}")
 end
 
 function done(summary, latency, _)

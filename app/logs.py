@@ -1,0 +1,102 @@
+"""Logs on standard error: JSON lines for machines, short ones on a terminal. No bodies, no amounts, no credentials."""
+
+import asyncio
+import logging
+import sys
+import time
+from contextvars import ContextVar
+from datetime import UTC, datetime
+
+import msgspec
+from aiohttp.http_exceptions import HttpProcessingError
+
+REQUEST_ID: ContextVar[str | None] = ContextVar("request_id", default=None)
+"""The id of the request that is being handled."""
+FIELDS = ("sqlstate", "code")
+"""What a record may carry beside its message."""
+FLUSH_INTERVAL = 0.1
+"""Seconds that an access line may wait to be written with others."""
+
+log = logging.getLogger("wallet")
+
+
+def configure(level: str) -> None:
+    """Send everything from this level on to standard error, one line a record."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(TerminalFormatter() if sys.stderr.isatty() else JsonFormatter())
+    logging.basicConfig(level=level, handlers=[handler], force=True)
+    logging.getLogger("asyncio").setLevel(logging.WARNING)
+    logging.getLogger("aiohttp.server").addFilter(is_not_bad_http)
+
+
+def is_not_bad_http(record: logging.LogRecord) -> bool:
+    """Tell whether a record is worth a line: what strangers send instead of HTTP is not, it has its 400."""
+    return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
+
+
+class JsonFormatter(logging.Formatter):
+    """A record as a JSON object on one line, a traceback included."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line."""
+        line: dict[str, object] = {
+            "time": timestamp(record.created),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if (request_id := REQUEST_ID.get()) is not None:
+            line["request_id"] = request_id
+        line.update((name, record.__dict__[name]) for name in FIELDS if name in record.__dict__)
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return msgspec.json.encode(line).decode()
+
+
+class TerminalFormatter(logging.Formatter):
+    """A record as a short line, a traceback below it."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S")
+
+
+def timestamp(seconds: float) -> str:
+    """Return a time as RFC 3339, in UTC, with milliseconds."""
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+class AccessLog:
+    """One line a request, written with others ten times a second: a write a line would cost more than the line."""
+
+    def __init__(self) -> None:
+        self.enabled = log.isEnabledFor(logging.INFO)
+        self._terminal = sys.stderr.isatty()
+        self._lines: list[bytes] = []
+
+    def add(self, request_id: str, method: str, path: str, status: int, seconds: float) -> None:
+        """Add the line of a request that was answered."""
+        if not self._lines:
+            asyncio.get_running_loop().call_later(FLUSH_INTERVAL, self.flush)
+        milliseconds = round(seconds * 1000, 3)
+        if self._terminal:
+            clock = time.strftime("%H:%M:%S")
+            self._lines.append(f"{clock} {method} {path} {status} {milliseconds} ms {request_id}".encode())
+            return
+        line = {
+            "time": timestamp(time.time()),
+            "level": "info",
+            "logger": "access",
+            "request_id": request_id,
+            "method": method,
+            "path": path,
+            "status": status,
+            "ms": milliseconds,
+        }
+        self._lines.append(msgspec.json.encode(line))
+
+    def flush(self) -> None:
+        """Write the lines that wait."""
+        if self._lines:
+            sys.stderr.buffer.write(b"\n".join(self._lines) + b"\n")
+            sys.stderr.buffer.flush()
+            self._lines.clear()

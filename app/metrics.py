@@ -1,0 +1,49 @@
+"""Prometheus metrics. Labels are few and known beforehand: route templates, never a wallet's name.
+
+With several workers, prometheus-client shares the values through files in PROMETHEUS_MULTIPROC_DIR, which the supervisor
+sets before this module is imported.
+"""
+
+import os
+import platform
+from importlib.metadata import version
+
+from aiohttp import web
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    REGISTRY,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    generate_latest,
+    multiprocess,
+)
+
+REQUEST_SECONDS = Histogram(
+    "wallet_request_seconds",
+    "Time from a request's head to its answer; the count is the number of requests.",
+    ["method", "route", "status"],
+    buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10),
+)
+OPERATIONS = Counter("wallet_operations", "Operations decided, by type and outcome.", ["type", "outcome"])
+LANE_WAITING = Gauge(
+    "wallet_lane_waiting", "Requests that waited in the lanes as of their last calls.", ["lane"], multiprocess_mode="livesum"
+)
+BATCH_SIZE = Histogram(
+    "wallet_batch_size", "Operations that went in one call.", buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 10_000)
+)
+CALLS_IN_FLIGHT = Gauge("wallet_calls_in_flight", "Calls under way that change wallets.", multiprocess_mode="livesum")
+RESENDS = Counter("wallet_resends", "Calls made again because an earlier one failed or was lost.")
+POOL_IN_USE = Gauge("wallet_pool_in_use", "Connections of the pool that are lent.", multiprocess_mode="livesum")
+BUILD_INFO = Gauge("wallet_build_info", "Always 1.", ["python", "aiohttp", "asyncpg"], multiprocess_mode="livemax")
+BUILD_INFO.labels(platform.python_version(), version("aiohttp"), version("asyncpg")).set(1)
+
+
+async def metrics(_request: web.Request) -> web.Response:
+    """GET /metrics: the values of all workers, in Prometheus' text format."""
+    registry = REGISTRY
+    if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
+        registry = CollectorRegistry()
+        multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+    return web.Response(body=generate_latest(registry), headers={"Content-Type": CONTENT_TYPE_LATEST})

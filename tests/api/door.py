@@ -1,0 +1,70 @@
+"""The service as its HTTP clients call it."""
+
+from typing import Any
+from urllib.parse import quote
+from uuid import UUID, uuid4
+
+from aiohttp import ClientResponse
+from aiohttp.test_utils import TestClient
+from yarl import URL
+
+MAX = 2**63 - 1
+
+
+def path(wallet: str, below: str = "") -> URL:
+    """Return the path of a wallet, or of what lies below it, with whatever the name holds percent-encoded."""
+    return URL(f"/api/v1/wallets/{quote(wallet, safe='')}{below}", encoded=True)
+
+
+async def create(client: TestClient, wallets: dict[str, int]) -> None:
+    """Create wallets that hold so much."""
+    for wallet, balance in wallets.items():
+        assert (await client.post("/api/v1/wallets", json={"uuid": wallet})).status == 201
+        if balance:
+            assert (await deposit(client, wallet, balance)).status == 200
+
+
+async def apply(
+    client: TestClient, wallet: str, operation_type: str, amount: int, operation: UUID | None = None
+) -> ClientResponse:
+    """Ask for an operation; without a name it gets one of its own."""
+    body = {"operation_uuid": str(operation or uuid4()), "operation_type": operation_type, "amount": amount}
+    return await client.post(path(wallet, "/operation"), json=body)
+
+
+async def deposit(client: TestClient, wallet: str, amount: int, operation: UUID | None = None) -> ClientResponse:
+    return await apply(client, wallet, "DEPOSIT", amount, operation)
+
+
+async def withdraw(client: TestClient, wallet: str, amount: int, operation: UUID | None = None) -> ClientResponse:
+    return await apply(client, wallet, "WITHDRAW", amount, operation)
+
+
+async def balance(client: TestClient, wallet: str) -> int:
+    answer = await client.get(path(wallet))
+    assert answer.status == 200
+    return (await answer.json())["balance"]
+
+
+async def history(client: TestClient, wallet: str) -> list[dict[str, Any]]:
+    """Return all operations of a wallet, oldest first."""
+    operations: list[dict[str, Any]] = []
+    query: dict[str, int] = {"limit": 1000}
+    while True:
+        page = await (await client.get(path(wallet, "/operations"), params=query)).json()
+        operations += page["operations"]
+        if page["next"] is None:
+            return operations[::-1]
+        query["before"] = page["next"]
+
+
+async def problem(answer: ClientResponse, status: int, code: str) -> dict[str, Any]:
+    """Assert that an answer is this problem, with every member that the contract asks for, and return it."""
+    body = await answer.json(content_type=None)
+    assert (answer.status, body.get("code")) == (status, code), body
+    assert answer.content_type == "application/problem+json"
+    assert body["type"] == "about:blank"
+    assert body["title"]
+    assert body["status"] == status
+    assert body["detail"]
+    return body

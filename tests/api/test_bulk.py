@@ -1,0 +1,370 @@
+"""The bulk request: each operation has its own outcome, as if they had been asked for one after another."""
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+from uuid import UUID, uuid4
+
+import psycopg
+import pytest
+from aiohttp import ClientResponse
+from aiohttp.test_utils import TestClient
+from pytest_aiohttp.plugin import AiohttpClient
+
+from app.application import make_app
+from app.messages import BULK_BODY_LIMIT
+from app.settings import Settings
+from tests.api.door import MAX, balance, create, deposit, history, problem, withdraw
+from tests.api.test_cases import PROBLEMS
+from tests.api.test_lanes import locked, proxy_before, through, until
+from tests.cases import CASES, MESSAGES, NIL, Case
+from tests.proxy import Point, Proxy
+
+A, B, C, D, E, F = (UUID(f"{letter * 8}-0000-4000-8000-000000000000") for letter in "abcdef")
+
+
+@pytest.fixture(autouse=True)
+def _right_books(superuser: psycopg.Connection) -> Iterator[None]:
+    yield
+    assert superuser.execute("select * from wallet.verify()").fetchall() == []
+
+
+@pytest.fixture
+async def proxy(superuser: psycopg.Connection) -> AsyncIterator[Proxy]:
+    async with proxy_before(superuser) as proxy:
+        yield proxy
+
+
+def item(wallet: str, operation_type: str, amount: int, operation: UUID | None = None) -> dict[str, Any]:
+    return {
+        "wallet_uuid": wallet,
+        "operation_uuid": str(operation or uuid4()),
+        "operation_type": operation_type,
+        "amount": amount,
+    }
+
+
+async def bulk(client: TestClient, operations: list[dict[str, Any]]) -> ClientResponse:
+    return await client.post("/api/v1/operations", json={"operations": operations})
+
+
+async def results(client: TestClient, operations: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Ask for operations, and return the results without the operations' names, which are checked."""
+    answer = await bulk(client, operations)
+    assert answer.status == 200
+    body = await answer.json()
+    assert list(body) == ["results"]
+    assert [one.pop("operation_uuid") for one in body["results"]] == [one["operation_uuid"] for one in operations]
+    return body["results"]
+
+
+def success(balance_after: int, seq: int) -> dict[str, Any]:
+    return {"applied": True, "balance_after": balance_after, "seq": seq}
+
+
+def refusal(code: str, detail: str) -> dict[str, Any]:
+    return {"applied": False, "code": code, "detail": detail}
+
+
+DUPLICATE = refusal("duplicate_operation", "Transaction already exists")
+NO_MONEY = refusal("insufficient_funds", "Not enough money")
+
+
+async def test_results_come_in_order_each_with_its_own_outcome(client: TestClient) -> None:
+    await create(client, {"w": 100, "v": 0, "full": MAX})
+    await deposit(client, "v", 5, F)
+
+    told = await results(
+        client,
+        [
+            item("w", "DEPOSIT", 50, A),
+            item("v", "WITHDRAW", 6, B),
+            item("nobody", "DEPOSIT", 1, C),
+            item("full", "DEPOSIT", 1, D),
+            item("v", "DEPOSIT", 5, F),
+            item("w", "WITHDRAW", 150, E),
+        ],
+    )
+
+    assert told == [
+        success(150, 2),
+        NO_MONEY,
+        refusal("wallet_not_found", "Wallet not found"),
+        refusal("balance_out_of_range", "Balance out of range"),
+        DUPLICATE,
+        success(0, 3),
+    ]
+    assert [await balance(client, wallet) for wallet in ("w", "v", "full")] == [0, 5, MAX]
+
+
+async def test_the_third_succeeds_because_the_first_did(client: TestClient) -> None:
+    await create(client, {"w": 0, "v": 5})
+
+    told = await results(
+        client,
+        [item("w", "DEPOSIT", 70), item("v", "WITHDRAW", 5), item("w", "WITHDRAW", 70), item("w", "WITHDRAW", 1)],
+    )
+
+    assert told == [success(70, 1), success(0, 2), success(0, 2), NO_MONEY]
+
+
+async def test_an_operation_twice_in_a_request_succeeds_once(client: TestClient) -> None:
+    await create(client, {"w": 0, "v": 0})
+
+    told = await results(
+        client,
+        [
+            item("w", "WITHDRAW", 5, A),
+            item("w", "DEPOSIT", 5, A),
+            item("w", "DEPOSIT", 5, A),
+            item("w", "DEPOSIT", 6, A),
+            item("v", "DEPOSIT", 5, A),
+        ],
+    )
+
+    assert told == [NO_MONEY, success(5, 1), DUPLICATE, DUPLICATE, DUPLICATE]
+    assert [await balance(client, wallet) for wallet in ("w", "v")] == [5, 0]
+
+
+async def test_a_request_sent_again_is_told_that_each_exists(client: TestClient) -> None:
+    await create(client, {"w": 100})
+    operations = [item("w", "WITHDRAW", 100), item("w", "DEPOSIT", 7)]
+    assert await results(client, operations) == [success(0, 2), success(7, 3)]
+
+    assert await results(client, operations) == [DUPLICATE, DUPLICATE]
+    assert await balance(client, "w") == 7
+
+
+async def test_no_operations_have_no_results(client: TestClient) -> None:
+    assert await results(client, []) == []
+
+
+async def test_a_spelling_of_an_operation_uuid_is_answered_in_canonical_form(client: TestClient) -> None:
+    await create(client, {"w": 0})
+
+    answer = await bulk(client, [item("w", "DEPOSIT", 5, A) | {"operation_uuid": A.hex.upper()}])
+
+    assert (await answer.json())["results"] == [{"operation_uuid": str(A), **success(5, 1)}]
+
+
+async def test_a_request_may_hold_10_000_operations(client: TestClient) -> None:
+    wallets = ["w" * 64, *(f"{number:0>64}" for number in range(9))]
+    await create(client, dict.fromkeys(wallets, 0))
+    operations = [item(wallets[number % 10], "DEPOSIT", number + 1) for number in range(9_999)]
+    operations.append(item(wallets[0], "WITHDRAW", MAX))
+
+    *told, overdraft = await results(client, operations)
+
+    held = dict.fromkeys(wallets, 0)
+    for number, (operation, result) in enumerate(zip(operations, told, strict=False)):
+        held[operation["wallet_uuid"]] += operation["amount"]
+        assert result == success(held[operation["wallet_uuid"]], number // 10 + 1)
+    assert overdraft == NO_MONEY
+    assert {wallet: await balance(client, wallet) for wallet in wallets} == held
+
+
+async def test_a_request_never_holds_10_001_operations(client: TestClient) -> None:
+    await create(client, {"w": 100})
+
+    told = await problem(await bulk(client, [item("w", "DEPOSIT", 1) for _ in range(10_001)]), 400, "invalid_request")
+
+    assert told["errors"][0]["loc"] == ["body", "operations"]
+    assert await balance(client, "w") == 100
+
+
+@pytest.mark.parametrize(
+    ("wrong", "field"),
+    [
+        ({"amount": 0}, "amount"),
+        ({"amount": -1}, "amount"),
+        ({"amount": 1.5}, "amount"),
+        ({"amount": True}, "amount"),
+        ({"amount": "1"}, "amount"),
+        ({"amount": None}, "amount"),
+        ({"amount": 2**63}, "amount"),
+        ({"operation_type": "deposit"}, "operation_type"),
+        ({"operation_uuid": "a"}, "operation_uuid"),
+        ({"wallet_uuid": ""}, "wallet_uuid"),
+        ({"wallet_uuid": "w" * 65}, "wallet_uuid"),
+        ({"wallet_uuid": "w\n"}, "wallet_uuid"),
+        ({"wallet_uuid": "a wallet"}, "wallet_uuid"),
+        ({"wallet_uuid": "w\0"}, "wallet_uuid"),
+        ({"wallet_uuid": 1}, "wallet_uuid"),
+        ({"note": "rent"}, "note"),
+    ],
+)
+async def test_a_wrong_operation_is_named_by_its_index_and_nothing_is_applied(
+    wrong: dict[str, Any], field: str, client: TestClient
+) -> None:
+    await create(client, {"w": 100})
+    operations = [item("w", "DEPOSIT", 1) for _ in range(5)]
+    operations[3] |= wrong
+
+    told = await problem(await bulk(client, operations), 400, "invalid_request")
+
+    [error] = told["errors"]
+    assert error["loc"] == ["body", "operations", 3, field]
+    assert error["msg"]
+    assert error["type"]
+    assert await balance(client, "w") == 100
+
+
+@pytest.mark.parametrize("field", ["wallet_uuid", "operation_uuid", "operation_type", "amount"])
+async def test_a_missing_field_is_named_with_its_index_and_nothing_is_applied(field: str, client: TestClient) -> None:
+    await create(client, {"w": 100})
+    operations = [item("w", "DEPOSIT", 1) for _ in range(5)]
+    del operations[4][field]
+
+    told = await problem(await bulk(client, operations), 400, "invalid_request")
+
+    assert [(error["loc"], error["type"]) for error in told["errors"]] == [
+        (["body", "operations", 4, field], "missing")
+    ]
+    assert await balance(client, "w") == 100
+
+
+@pytest.mark.parametrize(
+    ("body", "location"),
+    [
+        (b"", ["body"]),
+        (b"[]", ["body"]),
+        (b"{}", ["body", "operations"]),
+        (b'{"operations": null}', ["body", "operations"]),
+        (b'{"operations": {}}', ["body", "operations"]),
+        (b'{"operations": [1]}', ["body", "operations", 0]),
+        (b'{"operations": [], "more": 1}', ["body", "more"]),
+        (b'{"operations": [', ["body"]),
+        (b"[" * 100_000, ["body"]),
+    ],
+)
+async def test_a_body_of_another_shape_is_refused(body: bytes, location: list[str | int], client: TestClient) -> None:
+    answer = await client.post("/api/v1/operations", data=body, headers={"Content-Type": "application/json"})
+
+    assert [error["loc"] for error in (await problem(answer, 400, "invalid_request"))["errors"]] == [location]
+
+
+async def chunked(body: bytes) -> Any:
+    for start in range(0, len(body), 65536):
+        yield body[start : start + 65536]
+
+
+@pytest.mark.parametrize("send", [bytes, chunked], ids=["declared_length", "chunked"])
+async def test_a_body_has_a_limit_of_its_own(send: Any, client: TestClient) -> None:
+    await create(client, {"w": 0})
+    body = b'{"operations": [%b]}' % str(item("w", "DEPOSIT", 1)).replace("'", '"').encode()
+    headers = {"Content-Type": "application/json"}
+
+    fits = await client.post("/api/v1/operations", data=send(body.ljust(BULK_BODY_LIMIT)), headers=headers)
+    assert fits.status == 200
+    too_large = await client.post("/api/v1/operations", data=send(body.ljust(BULK_BODY_LIMIT + 1)), headers=headers)
+
+    await problem(too_large, 413, "body_too_large")
+    assert len(await history(client, "w")) == 1
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case.name.replace(" ", "_") for case in CASES])
+async def test_all_in_one_request(case: Case, client: TestClient) -> None:
+    await create(client, case.wallets)
+    operations = [item(request.wallet, request.type, request.amount, request.operation) for request in case.requests]
+    # What no body may hold makes the whole request invalid; that the nil UUID names nothing is said by the function.
+    malformed = [request.outcome == "WA400" and request.operation != NIL for request in case.requests]
+
+    if any(malformed):
+        told = await problem(await bulk(client, operations), 400, "invalid_request")
+        assert told["errors"][0]["loc"][:3] == ["body", "operations", malformed.index(True)]
+        return
+
+    for request, result in zip(case.requests, await results(client, operations), strict=True):
+        if request.outcome is None:
+            assert result["applied"] is True
+        else:
+            message = MESSAGES.get(request.outcome, "operation_uuid must not be the nil UUID")
+            assert result == refusal(PROBLEMS[request.outcome][1], message)
+    assert {wallet: await balance(client, wallet) for wallet in case.wallets} == case.balances
+
+
+async def test_bulk_and_single_requests_for_one_wallet_at_once_keep_the_books(client: TestClient) -> None:
+    await create(client, {"w": 0, "v": 0})
+    moved = dict.fromkeys(("w", "v"), 0)
+    choice = random.Random(4)
+
+    async def single() -> None:
+        wallet, amount = choice.choice(["w", "v"]), choice.randrange(1, 100)
+        ask = choice.choice([deposit, withdraw])
+        answer = await ask(client, wallet, amount)
+        if answer.status == 200:
+            moved[wallet] += amount if ask is deposit else -amount
+        else:
+            await problem(answer, 400, "insufficient_funds")
+
+    async def many() -> None:
+        operations = [
+            item(choice.choice(["w", "v"]), choice.choice(["DEPOSIT", "WITHDRAW"]), choice.randrange(1, 100))
+            for _ in range(choice.randrange(1, 200))
+        ]
+        for operation, result in zip(operations, await results(client, operations), strict=True):
+            if result["applied"]:
+                signed = operation["amount"] if operation["operation_type"] == "DEPOSIT" else -operation["amount"]
+                moved[operation["wallet_uuid"]] += signed
+            else:
+                assert result == NO_MONEY
+
+    await asyncio.gather(*(ask() for _ in range(40) for ask in (single, single, single, many)))
+
+    assert {wallet: await balance(client, wallet) for wallet in moved} == moved
+
+
+async def test_one_bulk_request_twice_at_once_is_applied_once(client: TestClient) -> None:
+    await create(client, {"w": 0})
+    operations = [item("w", "DEPOSIT", amount) for amount in range(1, 501)]
+    shuffled = random.Random(4).sample(operations, len(operations))
+
+    first, second = await asyncio.gather(results(client, operations), results(client, shuffled))
+
+    assert sorted(sum(result["applied"] for result in told) for told in (first, second)) == [0, 500]
+    assert await balance(client, "w") == 500 * 501 // 2
+
+
+@pytest.mark.parametrize("point", Point)
+async def test_a_lost_bulk_call_answers_what_was_applied(
+    point: Point,
+    proxy: Proxy,
+    superuser: psycopg.Connection,
+    aiohttp_client: AiohttpClient,
+) -> None:
+    client = await aiohttp_client(make_app(Settings(database_url=through(proxy, superuser))))
+    await create(client, {"w": 100, "v": 0})
+    operations = [item("w", "WITHDRAW", 100, A), item("v", "DEPOSIT", 1, B), item("w", "DEPOSIT", 5, C)]
+    repeated = [*operations, item("w", "DEPOSIT", 5, C), item("v", "WITHDRAW", 2, D)]
+    cut = proxy.cut_next(b"wallet.apply_operations", point)
+
+    told = await results(client, repeated)
+
+    assert cut.done()
+    assert told == [success(0, 2), success(1, 1), success(5, 3), DUPLICATE, NO_MONEY]
+    assert await results(client, operations) == [DUPLICATE] * 3
+    assert [await balance(client, wallet) for wallet in ("w", "v")] == [5, 1]
+
+
+async def test_one_bulk_request_too_many_is_told_at_once(
+    superuser: psycopg.Connection, database_url: str, aiohttp_client: AiohttpClient
+) -> None:
+    client = await aiohttp_client(make_app(Settings(database_url=database_url, bulk_queue=3)))
+    await create(client, {"w": 0})
+    query = "select count(*) from pg_stat_activity where wait_event_type = 'Lock' and datname = current_database()"
+
+    with locked(superuser, "w"):
+        asked = [asyncio.create_task(bulk(client, [item("w", "DEPOSIT", 1)])) for _ in range(10)]
+        async with asyncio.timeout(5):  # half of the deadline
+            while sum(task.done() for task in asked) < 5:
+                await asyncio.wait([task for task in asked if not task.done()], return_when=asyncio.FIRST_COMPLETED)
+        await until(lambda: superuser.execute(query).fetchone() == (2,))
+        refused = [task.result() for task in asked if task.done()]
+
+    assert len(refused) == 5
+    for answer in refused:
+        await problem(answer, 429, "overloaded")
+        assert int(answer.headers["Retry-After"]) > 0
+    assert sorted(answer.status for answer in await asyncio.gather(*asked)) == [200] * 5 + [429] * 5
+    assert await balance(client, "w") == 5

@@ -1,0 +1,34 @@
+"""The table of cases over REST."""
+
+import psycopg
+import pytest
+from aiohttp.test_utils import TestClient
+
+from tests.api.door import apply, balance, create, problem
+from tests.cases import CASES, MESSAGES, Case
+
+PROBLEMS = {
+    "WA400": (400, "invalid_request"),
+    "WA402": (400, "insufficient_funds"),
+    "WA404": (404, "wallet_not_found"),
+    "WA409": (400, "duplicate_operation"),
+    "WA416": (400, "balance_out_of_range"),
+}
+"""SQLSTATE → status and code."""
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case.name.replace(" ", "_") for case in CASES])
+async def test_one_by_one(case: Case, client: TestClient, service: psycopg.Connection) -> None:
+    await create(client, case.wallets)
+
+    for request in case.requests:
+        answer = await apply(client, request.wallet, request.type, request.amount, request.operation)
+        if request.outcome is None:
+            assert (answer.status, await answer.json()) == (200, str(request.operation))
+        else:
+            told = await problem(answer, *PROBLEMS[request.outcome])
+            if request.outcome in MESSAGES:
+                assert told["detail"] == MESSAGES[request.outcome]
+
+    assert {wallet: await balance(client, wallet) for wallet in case.wallets} == case.balances
+    assert service.execute("select * from wallet.verify()").fetchall() == []

@@ -1,0 +1,175 @@
+"""The page at /docs: what it is made of, and that a person with a browser can use it."""
+
+import asyncio
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import psycopg
+import pytest
+from aiohttp.test_utils import TestClient
+from pytest_aiohttp.plugin import AiohttpServer
+from selenium import webdriver
+from selenium.webdriver.common.by import By
+from selenium.webdriver.remote.webelement import WebElement
+from selenium.webdriver.support import expected_conditions as conditions
+from selenium.webdriver.support.wait import WebDriverWait
+from yarl import URL
+
+from app import docs
+from app.application import make_app
+from app.migrations import TESTDATA_HISTORY, dbmate
+from app.settings import Settings
+from tests.conftest import url_of
+
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+
+
+async def parts(client: TestClient) -> list[str]:
+    """Return the paths of the styles and scripts that the page loads."""
+    page = await (await client.get("/docs")).text()
+    links = re.findall(r'(?:href|src)="([^"]*)"', page)
+    return [f"/{link}" for link in links if link.endswith((".css", ".js"))]
+
+
+async def test_the_description_is_json_that_can_be_kept(client: TestClient) -> None:
+    answer = await client.get("/openapi.json")
+    assert answer.status == 200
+    assert answer.headers["Content-Type"] == "application/json"
+    assert answer.headers["Cache-Control"] == "no-cache"
+    assert answer.headers["X-Content-Type-Options"] == "nosniff"
+    assert (await answer.json())["openapi"].startswith("3.1.")
+
+
+async def test_the_page_is_html_under_a_strict_policy(client: TestClient) -> None:
+    answer = await client.get("/docs")
+    assert answer.status == 200
+    assert answer.headers["Content-Type"] == "text/html; charset=utf-8"
+    assert answer.headers["Cache-Control"] == "no-cache"
+    assert answer.headers["X-Content-Type-Options"] == "nosniff"
+    directives = dict(part.split(" ", 1) for part in answer.headers["Content-Security-Policy"].split("; "))
+    assert directives["default-src"] == "'none'"
+    assert directives["script-src"] == "'self'"
+    assert directives["connect-src"] == "'self'"
+    assert directives["frame-ancestors"] == "'none'"
+
+
+async def test_the_page_has_no_script_of_its_own_and_names_no_other_host(client: TestClient) -> None:
+    page = await (await client.get("/docs")).text()
+    assert all(not script.strip() for script in re.findall(r"<script[^>]*>(.*?)</script>", page, re.DOTALL))
+    assert not re.search(r"\son\w+=|javascript:|//", page.removeprefix("<!doctype html>"))
+    initializer = await (await client.get("/docs/initializer.js")).text()
+    assert "//" not in initializer
+
+
+async def test_the_parts_of_the_page_have_their_types_and_their_time(client: TestClient) -> None:
+    assert len(await parts(client)) == 3
+    for part in await parts(client):
+        answer = await client.get(part)
+        assert answer.status == 200, part
+        kind = "text/css" if part.endswith(".css") else "text/javascript"
+        assert answer.headers["Content-Type"] == f"{kind}; charset=utf-8"
+        assert answer.headers["X-Content-Type-Options"] == "nosniff"
+        versioned = re.search(r"-\d+\.\d+\.\d+/", part)
+        assert answer.headers["Cache-Control"] == ("public, max-age=31536000, immutable" if versioned else "no-cache")
+
+
+async def test_who_has_it_already_is_told_so(client: TestClient) -> None:
+    for path in ["/openapi.json", "/docs", *await parts(client)]:
+        first = await client.get(path)
+        for known in (first.headers["ETag"], f'"another", W/{first.headers["ETag"]}', "*"):
+            again = await client.get(path, headers={"If-None-Match": known})
+            assert (again.status, await again.read()) == (304, b""), path
+            for header in ("ETag", "Cache-Control"):
+                assert again.headers[header] == first.headers[header]
+        assert (await client.get(path, headers={"If-None-Match": '"another"'})).status == 200
+
+
+async def test_a_slash_behind_the_page_s_name_leads_to_it(client: TestClient) -> None:
+    answer = await client.get("/docs/")
+    assert (answer.status, answer.url.path) == (200, "/docs")
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/docs/nothing.js", "/docs/index.html", "/docs/../docs.py", "/docs/%2e%2e/docs.py", "/docs/..%2fopenapi.yaml"],
+)
+async def test_nothing_else_is_served(client: TestClient, path: str) -> None:
+    assert (await client.get(URL(path, encoded=True))).status == 404
+
+
+def test_swagger_ui_s_licence_lies_beside_it() -> None:
+    (folder,) = docs.STATIC.glob("swagger-ui-*")
+    assert "Apache License" in (folder / "LICENSE").read_text()
+    assert (folder / "NOTICE").exists()
+    assert (folder / "swagger-ui-bundle.js.LICENSE.txt").exists()
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Iterator[webdriver.Chrome]:
+    """A headless Chromium that knows nothing."""
+    if CHROMIUM is None or DRIVER is None:
+        pytest.skip("no browser here: chromium and chromedriver (Debian: chromium-driver) are not installed")
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for flag in (
+        "headless",
+        "no-sandbox",
+        "disable-gpu",
+        "disable-dev-shm-usage",
+        "disable-quic",
+        "no-first-run",
+        "disable-background-networking",
+        "disable-component-update",
+        "disable-sync",
+        "window-size=1280,2000",
+        f"user-data-dir={tmp_path}/profile",
+    ):
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    chromium = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
+    yield chromium
+    chromium.quit()
+
+
+async def test_a_person_opens_the_page_and_tries_an_operation_out(
+    superuser: psycopg.Connection, database_url: str, aiohttp_server: AiohttpServer, browser: webdriver.Chrome
+) -> None:
+    dbmate(url_of(superuser, "postgres"), "testdata", "--migrations-table", TESTDATA_HISTORY, "migrate")
+    server = await aiohttp_server(make_app(Settings(database_url=database_url)))
+    url = str(server.make_url("/docs"))
+    await asyncio.to_thread(try_an_operation_out, browser, url)
+
+    assert superuser.execute("select balance from wallet.wallet where uuid = '1111111111'").fetchone() == (2000,)
+    assert browser.get_log("browser") == []
+    requested = urls_requested(browser)
+    assert all(one.startswith(str(server.make_url("/"))) for one in requested), requested
+    assert str(server.make_url("/api/v1/wallets/1111111111/operation")) in requested
+
+
+def try_an_operation_out(browser: webdriver.Chrome, url: str) -> None:
+    """Open the page, unfold the operation request, send its example as it stands and see the 200."""
+
+    def seen(selector: str) -> WebElement:
+        place = (By.CSS_SELECTOR, f"#operations-operations-apply_operation {selector}")
+        return WebDriverWait(browser, 20).until(conditions.visibility_of_element_located(place))
+
+    def press(selector: str) -> None:
+        seen(selector).click()
+
+    browser.get(url)
+    press(".opblock-summary-control")
+    press(".try-out__btn")
+    press("button.execute")
+    assert seen(".live-responses-table tbody .response-col_status").text.split()[0] == "200"
+    shown = seen(".live-responses-table tbody .response-col_description").text
+    assert "0b0e3c2e-5d2a-4f6b-8a51-6f1f0b7d9a01" in shown
+
+
+def urls_requested(browser: webdriver.Chrome) -> list[str]:
+    """Return every address that was asked for over the network, and not inside the browser (data:, chrome:)."""
+    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    urls = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
+    return [url for url in urls if not url.startswith(("data:", "chrome:"))]

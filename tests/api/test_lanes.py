@@ -1,0 +1,745 @@
+"""The hot lane: whatever happens to the connection, each request has its own answer, each operation is applied once."""
+
+import asyncio
+import contextlib
+import os
+import random
+import signal
+import tempfile
+import time
+from collections import Counter, defaultdict
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from uuid import UUID, uuid4
+
+import psycopg
+import pytest
+from aiohttp import ClientConnectorError, ClientError, ClientResponse, ClientSession, web
+from aiohttp.test_utils import TestClient, TestServer
+from pytest_aiohttp.plugin import AiohttpClient
+
+from app.application import make_app
+from app.embedded import Postgres, connection_url
+from app.lanes import LANES, Lane, Line, Outcome, Request
+from app.migrations import LOGIN, bring_up_to_date
+from app.settings import Settings
+from tests.api.door import MAX, apply, balance, create, deposit, history, path, problem, withdraw
+from tests.conftest import url_of
+from tests.proxy import Http, Point, Proxy
+from tests.proxy import Postgres as PostgresTalk
+
+A = UUID("aaaaaaaa-0000-4000-8000-00000000000a")
+B = UUID("bbbbbbbb-0000-4000-8000-00000000000b")
+CALL = b"wallet.apply_operation"
+SEED = int(os.environ.get("WALLET_TEST_SEED", random.SystemRandom().randrange(2**32)))
+
+
+@pytest.fixture(autouse=True)
+def _right_books(superuser: psycopg.Connection) -> Iterator[None]:
+    print(f"WALLET_TEST_SEED={SEED}")  # shown if the test fails
+    yield
+    assert superuser.execute("select * from wallet.verify()").fetchall() == []
+
+
+@contextlib.asynccontextmanager
+async def proxy_before(superuser: psycopg.Connection) -> AsyncIterator[Proxy]:
+    """Run a proxy before PostgreSQL."""
+    proxy = Proxy(f"{superuser.info.host}/.s.PGSQL.5432", PostgresTalk)
+    with tempfile.TemporaryDirectory(prefix="wallet-proxy-", dir="/tmp") as folder:
+        await proxy.listen(f"{folder}/.s.PGSQL.5432")
+        yield proxy
+        await proxy.close()
+
+
+@pytest.fixture
+async def proxy(superuser: psycopg.Connection) -> AsyncIterator[Proxy]:
+    async with proxy_before(superuser) as proxy:
+        yield proxy
+
+
+def through(proxy: Proxy, superuser: psycopg.Connection) -> str:
+    """Return the URI of this test's database for a service that reaches it through the proxy."""
+    return connection_url(Path(str(proxy.address)).parent, LOGIN, superuser.info.dbname)
+
+
+@pytest.fixture
+async def lossy(proxy: Proxy, superuser: psycopg.Connection, aiohttp_client: AiohttpClient) -> TestClient:
+    """A client of an app with one lane, which reaches PostgreSQL through the proxy. Wallet `w` holds 100."""
+    client = await aiohttp_client(make_app(Settings(database_url=through(proxy, superuser), lanes=1)))
+    await create(client, {"w": 100, "pilot": 0})
+    return client
+
+
+@pytest.fixture
+async def client(database_url: str, aiohttp_client: AiohttpClient) -> TestClient:
+    """A client of an app with one lane. Wallet `w` holds 100."""
+    client = await aiohttp_client(make_app(Settings(database_url=database_url, lanes=1)))
+    await create(client, {"w": 100, "pilot": 0})
+    return client
+
+
+@contextlib.contextmanager
+def locked(superuser: psycopg.Connection, wallet: str) -> Iterator[None]:
+    """Hold a wallet's row lock."""
+    with psycopg.connect(url_of(superuser, "postgres")) as holder:
+        assert holder.execute("select from wallet.wallet where uuid = %s for update", [wallet]).rowcount == 1
+        yield
+
+
+async def until(reached: Callable[[], Any], seconds: float = 10) -> Any:
+    """Wait for a state, and return what told of it."""
+    async with asyncio.timeout(seconds):
+        while not (told := reached()):
+            await asyncio.sleep(0.005)
+        return told
+
+
+def lane_pids(superuser: psycopg.Connection, condition: str = "true") -> list[int]:
+    query = (
+        "select pid from pg_stat_activity where application_name = 'wallet lane'"
+        f" and datname = current_database() and {condition}"
+    )
+    return [pid for (pid,) in superuser.execute(query.encode())]
+
+
+async def waiting_call(superuser: psycopg.Connection) -> int:
+    """Wait for a lane's call that waits for a lock, and return its backend's pid."""
+    [pid] = await until(lambda: lane_pids(superuser, "wait_event_type = 'Lock'"))
+    return pid
+
+
+@contextlib.asynccontextmanager
+async def busy_lane(client: TestClient, superuser: psycopg.Connection) -> AsyncIterator[None]:
+    """Keep the lane busy with a call that waits for wallet `pilot`: what is asked meanwhile goes in the next call."""
+    with locked(superuser, "pilot"):
+        pilot = asyncio.create_task(deposit(client, "pilot", 1))
+        await waiting_call(superuser)
+        yield
+    assert (await pilot).status == 200
+
+
+async def queued(client: TestClient, count: int) -> None:
+    """Wait until so many requests wait in the lanes."""
+    await until(lambda: sum(len(lane._waiting) for lane in client.app[LANES]) == count)
+
+
+async def in_one_call(
+    client: TestClient, superuser: psycopg.Connection, *requests: Any, meanwhile: Callable[[], object] = lambda: None
+) -> list[ClientResponse]:
+    """Make requests that share a call, and return their answers."""
+    async with busy_lane(client, superuser):
+        asked = [asyncio.create_task(request) for request in requests]
+        await queued(client, len(asked))
+        meanwhile()
+    return await asyncio.gather(*asked)
+
+
+def applied(operations: Sequence[dict[str, Any]], operation: UUID) -> list[int]:
+    """Return the amounts under which an operation stands in a history."""
+    return [one["amount"] for one in operations if one["operation_uuid"] == str(operation)]
+
+
+async def assert_success(answer: ClientResponse, operation: UUID) -> None:
+    assert (answer.status, await answer.json()) == (200, str(operation))
+
+
+# A lost connection
+
+
+@pytest.mark.parametrize("server_too", [True, False], ids=["both_sides", "client_side"])
+@pytest.mark.parametrize("point", Point)
+async def test_a_lost_connection_costs_waiting_only(
+    point: Point, server_too: bool, proxy: Proxy, lossy: TestClient
+) -> None:
+    cut = proxy.cut_next(CALL, point, server_too=server_too)
+
+    answer = await deposit(lossy, "w", 5, A)
+
+    assert cut.done()
+    await assert_success(answer, A)
+    assert applied(await history(lossy, "w"), A) == [5]
+    assert await balance(lossy, "w") == 105
+
+
+@pytest.mark.parametrize("point", Point)
+async def test_connections_lost_again_and_again_cost_waiting_only(
+    point: Point, proxy: Proxy, lossy: TestClient
+) -> None:
+    cuts = [proxy.cut_next(CALL, point, server_too=number % 2 == 0) for number in range(4)]
+
+    await assert_success(await withdraw(lossy, "w", 100, A), A)
+
+    assert all(cut.done() for cut in cuts)
+    assert applied(await history(lossy, "w"), A) == [100]
+    assert await balance(lossy, "w") == 0
+
+
+@pytest.mark.parametrize("point", Point)
+async def test_a_call_of_many_is_lost_and_each_gets_its_own_answer(
+    point: Point, proxy: Proxy, lossy: TestClient, superuser: psycopg.Connection
+) -> None:
+    operations = [uuid4() for _ in range(30)]
+
+    *answers, overdraft, nobody = await in_one_call(
+        lossy,
+        superuser,
+        *(deposit(lossy, "w", amount, operation) for amount, operation in enumerate(operations, 1)),
+        withdraw(lossy, "w", 10_000, B),
+        deposit(lossy, "nobody", 1),
+        meanwhile=lambda: proxy.cut_next(CALL, point),
+    )
+
+    for operation, answer in zip(operations, answers, strict=True):
+        await assert_success(answer, operation)
+    await problem(overdraft, 400, "insufficient_funds")
+    await problem(nobody, 404, "wallet_not_found")
+    recorded = await history(lossy, "w")
+    assert [applied(recorded, operation) for operation in operations] == [[amount] for amount in range(1, 31)]
+    assert await balance(lossy, "w") == 100 + 30 * 31 // 2
+    await problem(await withdraw(lossy, "w", 10_000, B), 400, "insufficient_funds")
+
+
+async def test_a_duplicate_sent_after_a_lost_answer_is_still_a_duplicate(proxy: Proxy, lossy: TestClient) -> None:
+    cut = proxy.cut_next(CALL, Point.BEFORE_THE_ANSWER)
+    await assert_success(await deposit(lossy, "w", 5, A), A)
+    assert cut.done()
+
+    told = await problem(await deposit(lossy, "w", 5, A), 400, "duplicate_operation")
+
+    assert told["same_request"] is True
+    assert await balance(lossy, "w") == 105
+
+
+@pytest.mark.parametrize("point", Point)
+async def test_an_operation_sent_twice_in_a_lost_call_succeeds_once(
+    point: Point, proxy: Proxy, lossy: TestClient, superuser: psycopg.Connection
+) -> None:
+    answers = await in_one_call(
+        lossy,
+        superuser,
+        deposit(lossy, "w", 5, A),
+        deposit(lossy, "w", 5, A),
+        meanwhile=lambda: proxy.cut_next(CALL, point),
+    )
+
+    first, second = sorted(answers, key=lambda answer: answer.status)
+    await assert_success(first, A)
+    assert (await problem(second, 400, "duplicate_operation"))["same_request"] is True
+    assert await balance(lossy, "w") == 105
+
+
+@pytest.mark.parametrize("point", Point)
+async def test_a_duplicate_with_another_amount_in_a_lost_call_is_a_duplicate(
+    point: Point, proxy: Proxy, lossy: TestClient, superuser: psycopg.Connection
+) -> None:
+    answers = await in_one_call(
+        lossy,
+        superuser,
+        deposit(lossy, "w", 5, A),
+        deposit(lossy, "w", 7, A),
+        meanwhile=lambda: proxy.cut_next(CALL, point),
+    )
+
+    assert sorted(answer.status for answer in answers) == [200, 400]
+    [moved] = [amount for amount, answer in zip((5, 7), answers, strict=True) if answer.status == 200]
+    [refused] = [answer for answer in answers if answer.status == 400]
+    told = await problem(refused, 400, "duplicate_operation")
+    assert (told["same_request"], told["operation"]["amount"]) == (False, moved)
+    assert await balance(lossy, "w") == 100 + moved
+
+
+async def test_a_duplicate_of_another_wallet_s_operation_in_a_lost_call_is_a_duplicate(
+    proxy: Proxy, lossy: TestClient, superuser: psycopg.Connection
+) -> None:
+    await assert_success(await deposit(lossy, "pilot", 5, A), A)
+    cut = proxy.cut_next(CALL, Point.BEFORE_THE_ANSWER)
+
+    told = await problem(await deposit(lossy, "w", 5, A), 400, "duplicate_operation")
+
+    assert cut.done()
+    assert "same_request" not in told
+    assert await balance(lossy, "w") == 100
+
+
+async def test_an_idle_connection_that_is_lost_hides_no_duplicate(
+    client: TestClient, superuser: psycopg.Connection
+) -> None:
+    await assert_success(await deposit(client, "w", 5, A), A)
+    [pid] = lane_pids(superuser)
+    superuser.execute("select pg_terminate_backend(%s)", [pid])
+    await until(lambda: not Path(f"/proc/{pid}").exists())
+
+    told = await problem(await deposit(client, "w", 5, A), 400, "duplicate_operation")
+
+    assert told["same_request"] is True
+    assert await balance(client, "w") == 105
+
+
+async def test_a_connection_that_cannot_be_had_at_first_hides_no_duplicate(
+    client: TestClient, proxy: Proxy, superuser: psycopg.Connection, aiohttp_client: AiohttpClient
+) -> None:
+    await assert_success(await deposit(client, "w", 5, A), A)
+    another = await aiohttp_client(make_app(Settings(database_url=through(proxy, superuser), lanes=1)))
+    cuts = [proxy.cut_next(b"wallet lane", point) for point in (Point.BEFORE_THE_CALL, Point.IN_THE_ANSWER)]
+
+    told = await problem(await deposit(another, "w", 5, A), 400, "duplicate_operation")
+
+    assert all(cut.done() for cut in cuts)
+    assert told["same_request"] is True
+    assert await balance(client, "w") == 105
+
+
+async def test_the_old_call_is_over_before_the_call_is_made_again(
+    proxy: Proxy, lossy: TestClient, superuser: psycopg.Connection
+) -> None:
+    [old] = lane_pids(superuser)
+    with locked(superuser, "w"):
+        cut = proxy.cut_next(CALL, Point.AFTER_THE_CALL, server_too=False)
+        asked = asyncio.create_task(withdraw(lossy, "w", 100, A))
+        await cut
+        new = await until(lambda: lane_pids(superuser, f"wait_event_type = 'Lock' and pid <> {old}"))
+        assert lane_pids(superuser) == new
+
+    await assert_success(await asked, A)
+    assert old not in lane_pids(superuser)
+    assert applied(await history(lossy, "w"), A) == [100]
+    assert await balance(lossy, "w") == 0
+
+
+async def test_a_client_whose_own_answer_was_lost_learns_that_its_money_moved(client: TestClient) -> None:
+    proxy = Proxy((str(client.host), int(client.port or 0)), Http)
+    await proxy.listen(("127.0.0.1", 0))
+    assert isinstance(proxy.address, tuple)
+    host, port = proxy.address
+    url = f"http://{host}:{port}{path('w', '/operation')}"
+    body = {"operation_uuid": str(A), "operation_type": "WITHDRAW", "amount": 100}
+    async with ClientSession() as session:
+        cut = proxy.cut_next(str(A).encode(), Point.BEFORE_THE_ANSWER)
+        with pytest.raises(ClientError):
+            await session.post(url, json=body)
+        await cut
+
+        told = await problem(await session.post(url, json=body), 400, "duplicate_operation")
+
+    await proxy.close()
+    assert told["same_request"] is True
+    assert await balance(client, "w") == 0
+
+
+# A call that PostgreSQL ends
+
+
+@pytest.mark.parametrize("ending", ["pg_terminate_backend", "pg_cancel_backend"])
+async def test_a_call_that_an_administrator_ends_is_made_again(
+    ending: str, client: TestClient, superuser: psycopg.Connection
+) -> None:
+    with locked(superuser, "w"):
+        asked = asyncio.create_task(deposit(client, "w", 5, A))
+        for _ in range(3):
+            pid = await waiting_call(superuser)
+            assert superuser.execute(f"select {ending}(%s)".encode(), [pid]).fetchone() == (True,)
+            await until(lambda ended=pid: ended not in lane_pids(superuser, "wait_event_type = 'Lock'"))
+
+    await assert_success(await asked, A)
+    assert applied(await history(client, "w"), A) == [5]
+    assert await balance(client, "w") == 105
+
+
+async def test_a_cancelled_call_hides_no_duplicate(client: TestClient, superuser: psycopg.Connection) -> None:
+    await assert_success(await deposit(client, "w", 5, A), A)
+    with locked(superuser, "w"):
+        async with busy_lane(client, superuser):
+            repeated = asyncio.create_task(deposit(client, "w", 5, A))
+            fresh = asyncio.create_task(deposit(client, "w", 6, B))
+            await queued(client, 2)
+        pid = await waiting_call(superuser)
+        superuser.execute("select pg_cancel_backend(%s)", [pid])
+        await until(lambda: lane_pids(superuser, "wait_event_type is distinct from 'Lock'"))
+
+    await assert_success(await fresh, B)
+    assert (await problem(await repeated, 400, "duplicate_operation"))["same_request"] is True
+    assert await balance(client, "w") == 111
+
+
+# A restart of PostgreSQL
+
+
+@pytest.fixture
+async def own_postgres(tmp_path: Path) -> AsyncIterator[Postgres]:
+    """A server of this test's own, migrated, with the demonstration wallets."""
+    postgres = Postgres(tmp_path / "data", "fsync=off")
+    postgres.start()
+    try:
+        await asyncio.to_thread(asyncio.run, bring_up_to_date(postgres))
+        yield postgres
+    finally:
+        postgres.stop()
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGQUIT, signal.SIGKILL], ids=["fast", "immediate", "kill_9"])
+async def test_a_restart_of_postgresql_under_load_costs_waiting_only(
+    how: signal.Signals, own_postgres: Postgres, aiohttp_client: AiohttpClient
+) -> None:
+    client = await aiohttp_client(make_app(Settings(database_url=own_postgres.url(LOGIN), request_deadline=30)))
+    wallets = ["hot", "hot", "hot", "spread1", "spread2", "spread3"]
+    await create(client, dict.fromkeys(wallets, 0))
+    applied: dict[str, Counter[tuple[str, str, int]]] = defaultdict(Counter)
+    answers: Counter[tuple[int, str | None]] = Counter()
+    over = asyncio.Event()
+
+    async def one_client(seed: int) -> None:
+        choice = random.Random(f"{SEED} {seed}")
+        while not over.is_set():
+            wallet, operation = choice.choice(wallets), uuid4()
+            operation_type, amount = choice.choice(["DEPOSIT", "WITHDRAW"]), choice.randrange(1, 100)
+            answer = await apply(client, wallet, operation_type, amount, operation)
+            code = None if answer.status == 200 else (await answer.json())["code"]
+            answers[answer.status, code] += 1
+            if answer.status == 200:
+                applied[wallet][str(operation), operation_type, amount] += 1
+
+    async def some_answers(count: int) -> None:
+        enough = answers.total() + count
+        await until(lambda: answers.total() >= enough, 40)
+
+    clients = [asyncio.create_task(one_client(seed)) for seed in range(32)]
+    for _ in range(2):
+        await some_answers(300)
+        assert own_postgres.process is not None
+        own_postgres.process.send_signal(how)
+        await asyncio.to_thread(own_postgres.process.wait)
+        await asyncio.to_thread(own_postgres.start)
+    await some_answers(300)
+    over.set()
+    await asyncio.gather(*clients)
+
+    assert set(answers) <= {(200, None), (400, "insufficient_funds")}
+    for wallet in set(wallets):
+        recorded = await history(client, wallet)
+        stands = Counter((one["operation_uuid"], one["operation_type"], one["amount"]) for one in recorded)
+        assert stands == applied[wallet]
+        assert [one["seq"] for one in recorded] == list(range(1, len(recorded) + 1))
+    with psycopg.connect(own_postgres.url("postgres")) as connection:
+        assert connection.execute("select * from wallet.verify()").fetchall() == []
+
+
+# Deadline, queue, hang-up
+
+
+async def test_a_request_past_its_deadline_may_be_asked_again(
+    superuser: psycopg.Connection, database_url: str, aiohttp_client: AiohttpClient
+) -> None:
+    client = await aiohttp_client(make_app(Settings(database_url=database_url, lanes=1, request_deadline=0.5)))
+    await create(client, {"w": 100, "v": 0})
+
+    with locked(superuser, "w"):
+        late = asyncio.create_task(withdraw(client, "w", 100, A))
+        await waiting_call(superuser)
+        behind = await asyncio.gather(*(deposit(client, "v", 1) for _ in range(20)))
+        for answer in (await late, *behind):
+            await problem(answer, 503, "unavailable")
+            assert int(answer.headers["Retry-After"]) > 0
+    async with asyncio.timeout(1):
+        while (await deposit(client, "v", 1, B)).status == 503:
+            pass
+
+    again = await withdraw(client, "w", 100, A)
+    if again.status != 200:
+        assert (await problem(again, 400, "duplicate_operation"))["same_request"] is True
+    assert applied(await history(client, "w"), A) == [100]
+    assert applied(await history(client, "v"), B) == [1]
+
+
+async def test_a_request_that_gave_up_while_it_waited_is_not_sent(
+    superuser: psycopg.Connection, database_url: str, aiohttp_client: AiohttpClient
+) -> None:
+    settings = Settings(database_url=database_url, lanes=1, lane_batch=1, request_deadline=0.5)
+    client = await aiohttp_client(make_app(settings))
+    await create(client, {"w": 100, "v": 0})
+
+    with locked(superuser, "w"):
+        ahead = [asyncio.create_task(deposit(client, "w", 1))]
+        await waiting_call(superuser)
+        ahead += [asyncio.create_task(deposit(client, "w", 1))]
+        await queued(client, 1)
+        await problem(await deposit(client, "v", 1, A), 503, "unavailable")
+        for answer in await asyncio.gather(*ahead):
+            await problem(answer, 503, "unavailable")
+
+    async with asyncio.timeout(1):
+        while (await deposit(client, "v", 2)).status == 503:
+            pass
+    assert applied(await history(client, "v"), A) == []
+
+
+async def test_a_request_has_its_deadline_even_if_its_lane_is_dead(
+    database_url: str, aiohttp_client: AiohttpClient
+) -> None:
+    client = await aiohttp_client(make_app(Settings(database_url=database_url, lanes=1, request_deadline=0.3)))
+    await create(client, {"w": 100})
+    [lane] = [task for task in asyncio.all_tasks() if task.get_coro().__qualname__ == "Lane.run"]
+    lane.cancel()
+
+    async with asyncio.timeout(5):
+        await problem(await deposit(client, "w", 1), 503, "unavailable")
+
+
+async def test_one_request_too_many_is_told_at_once(
+    superuser: psycopg.Connection, database_url: str, aiohttp_client: AiohttpClient
+) -> None:
+    client = await aiohttp_client(make_app(Settings(database_url=database_url, lanes=1, lane_queue=5)))
+    await create(client, {"w": 100})
+
+    with locked(superuser, "w"):
+        accepted = [asyncio.create_task(deposit(client, "w", 1))]
+        await waiting_call(superuser)
+        accepted += [asyncio.create_task(deposit(client, "w", 1)) for _ in range(5)]
+        await queued(client, 5)
+
+        async with asyncio.timeout(5):  # half of the deadline
+            refused = await asyncio.gather(*(deposit(client, "w", 1000) for _ in range(10)))
+        assert not any(task.done() for task in accepted)
+
+    for answer in refused:
+        await problem(answer, 429, "overloaded")
+        assert int(answer.headers["Retry-After"]) > 0
+    assert [(await task).status for task in accepted] == [200] * 6
+    assert await balance(client, "w") == 106
+    assert (await deposit(client, "w", 1)).status == 200
+
+
+class Server(TestServer):
+    """A server that lets the handler of a client that hung up go on, as the service does and aiohttp's tests do not."""
+
+    async def _make_runner(self, **arguments: Any) -> Any:
+        return await super()._make_runner(**{**arguments, "handler_cancellation": False})
+
+
+async def test_a_client_that_hangs_up_changes_nothing_for_the_others(
+    superuser: psycopg.Connection, database_url: str, aiohttp_client: AiohttpClient
+) -> None:
+    client = await aiohttp_client(Server(make_app(Settings(database_url=database_url, lanes=1))))
+    await create(client, {"w": 100})
+
+    with locked(superuser, "w"):
+        called = asyncio.create_task(deposit(client, "w", 1, A))
+        await waiting_call(superuser)
+        waiting = asyncio.create_task(deposit(client, "w", 2, B))
+        others = [asyncio.create_task(deposit(client, "w", 3)) for _ in range(5)]
+        await queued(client, 6)
+        for gone in (called, waiting):
+            gone.cancel()
+        await asyncio.wait({called, waiting})
+        [pid] = lane_pids(superuser, "wait_event_type = 'Lock'")
+
+    assert [(await other).status for other in others] == [200] * 5
+    assert lane_pids(superuser) == [pid]
+    recorded = await history(client, "w")
+    assert (applied(recorded, A), applied(recorded, B)) == ([1], [2])
+    assert await balance(client, "w") == 118
+
+
+# The right answer to each
+
+
+async def test_each_of_hundreds_of_requests_gets_its_own_answer(client: TestClient) -> None:
+    await create(client, {"full": MAX, "v": 0})
+    used = {uuid4(): amount for amount in range(1, 51)}
+    await asyncio.gather(*(deposit(client, "v", amount, operation) for operation, amount in used.items()))
+
+    async def succeeds(wallet: str, operation_type: str, amount: int) -> None:
+        operation = uuid4()
+        await assert_success(await apply(client, wallet, operation_type, amount, operation), operation)
+
+    async def is_refused(wallet: str, operation_type: str, amount: int, status: int, code: str) -> None:
+        await problem(await apply(client, wallet, operation_type, amount), status, code)
+
+    async def is_a_duplicate(wallet: str, operation: UUID, amount: int) -> None:
+        told = await problem(await deposit(client, wallet, amount, operation), 400, "duplicate_operation")
+        if wallet == "v":
+            recorded = told["operation"]
+            assert (recorded["operation_uuid"], recorded["amount"]) == (str(operation), used[operation])
+            assert told["same_request"] is (amount == used[operation])
+        else:
+            assert "operation" not in told
+
+    asked = [succeeds(wallet, "DEPOSIT", amount) for wallet in ("w", "v") for amount in range(1, 151)]
+    asked += [succeeds("w", "WITHDRAW", 1) for _ in range(100)]
+    asked += [is_refused("w", "WITHDRAW", MAX, 400, "insufficient_funds") for _ in range(60)]
+    asked += [is_refused("full", "DEPOSIT", 1, 400, "balance_out_of_range") for _ in range(60)]
+    asked += [is_refused("nobody", "DEPOSIT", 1, 404, "wallet_not_found") for _ in range(60)]
+    asked += [is_refused("w", "DEPOSIT", 0, 400, "invalid_request") for _ in range(20)]
+    for operation, amount in used.items():
+        asked += [
+            is_a_duplicate(*which) for which in (("v", operation, amount), ("v", operation, 99), ("w", operation, 1))
+        ]
+    random.Random(SEED).shuffle(asked)
+    await asyncio.gather(*asked)
+
+    assert await balance(client, "w") == 100 + 150 * 151 // 2 - 100
+    assert await balance(client, "v") == 50 * 51 // 2 + 150 * 151 // 2
+    assert await balance(client, "full") == MAX
+
+
+@contextlib.asynccontextmanager
+async def running_lane(line: Line, settings: Settings) -> AsyncIterator[Lane]:
+    lane = Lane(line, settings)
+    task = asyncio.create_task(lane.run())
+    try:
+        yield lane
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await line.close()
+
+
+@pytest.mark.parametrize("batch", [1, 7, 512])
+async def test_no_request_hangs_whenever_it_arrives(batch: int, client: TestClient, database_url: str) -> None:
+    choice = random.Random(f"{SEED} {batch}")
+    wallets = ("w", "v", "u", "nobody")
+    await create(client, {"v": 0, "u": 0})
+    arrivals = 3_000 if batch == 1 else 20_000
+    asked: list[tuple[Request, asyncio.Future[Outcome]]] = []
+    settings = Settings(lane_batch=batch, lane_queue=10**6)
+
+    async with running_lane(Line(database_url), settings) as lane:
+        for _ in range(arrivals):
+            request = Request(
+                choice.choice(wallets), uuid4(), choice.choice(("DEPOSIT", "WITHDRAW")), choice.randrange(1, 100)
+            )
+            if asked and choice.random() < 0.1:  # the same again
+                request = choice.choice(asked[-50:])[0]
+            asked.append((request, lane.apply(request)))
+            if choice.random() < 0.01:  # somebody gives up
+                choice.choice(asked[-20:])[1].cancel()
+            gap = choice.random()
+            if gap < 0.1:  # until an answer comes: the lane has just drained its queue, or is about to
+                await asyncio.wait({choice.choice(asked[-3:])[1]}, timeout=5)
+                gap = choice.random()
+            for _ in range(choice.randrange(6) if gap < 0.6 else 0):
+                await asyncio.sleep(0)
+        answered = {future for _, future in asked}
+        _, hanging = await asyncio.wait(answered, timeout=5)
+        assert not hanging, f"{len(hanging)} of {arrivals} requests hang"
+
+    told: dict[UUID, list[str | None]] = defaultdict(list)
+    recorded: dict[str, dict[int, tuple[UUID, str, int, int]]] = defaultdict(dict)
+    for request, future in asked:
+        if future.cancelled():
+            told[request.operation_uuid].append("gave up")
+            continue
+        outcome = future.result()
+        told[request.operation_uuid].append(outcome.sqlstate)
+        assert (outcome.sqlstate == "WA404") is (request.wallet_uuid == "nobody")
+        assert outcome.sqlstate in (None, "WA404", "WA402", "WA409")
+        if outcome.sqlstate is None:
+            assert outcome.seq not in recorded[request.wallet_uuid]
+            recorded[request.wallet_uuid][outcome.seq] = (*request[1:], outcome.balance_after)
+        elif outcome.sqlstate == "WA409":
+            assert outcome.is_repeat_of(request)
+    assert all(outcomes.count(None) <= 1 for outcomes in told.values())
+
+    for wallet in wallets[:-1]:
+        before = 0
+        for seq, stands in enumerate(await history(client, wallet), 1):
+            assert stands["seq"] == seq
+            signed = stands["amount"] if stands["operation_type"] == "DEPOSIT" else -stands["amount"]
+            assert stands["balance_after"] == before + signed
+            before = stands["balance_after"]
+            operation = UUID(stands["operation_uuid"])
+            row = (operation, stands["operation_type"], stands["amount"], stands["balance_after"])
+            assert recorded[wallet].pop(seq, row) == row
+            if operation in told:  # else it is the money that the wallet held at first
+                assert None in told[operation] or "gave up" in told[operation]
+        assert recorded[wallet] == {}
+
+
+# What goes together
+
+
+class WatchedLine(Line):
+    """A line that notes what it is asked for."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self.calls: list[int] = []
+
+    async def apply(self, requests: Sequence[Request]) -> list[Outcome]:
+        self.calls.append(len(requests))
+        return await super().apply(requests)
+
+
+async def test_an_idle_lane_sends_at_once(client: TestClient, database_url: str) -> None:
+    line = WatchedLine(database_url)
+    async with running_lane(line, Settings()) as lane:
+        for count in range(1, 6):
+            future = lane.apply(Request("w", uuid4(), "DEPOSIT", 1))
+            for _ in range(3):  # turns of the event loop
+                await asyncio.sleep(0)
+            assert line.calls == [1] * count
+            assert (await future).sqlstate is None
+
+
+async def test_what_waits_goes_in_one_call(client: TestClient, superuser: psycopg.Connection) -> None:
+    await create(client, {"v": 0})
+    operations = {wallet: [uuid4() for _ in range(25)] for wallet in ("w", "v")}
+
+    await in_one_call(
+        client, superuser, *(deposit(client, wallet, 1, one) for wallet, some in operations.items() for one in some)
+    )
+
+    query = "select created_at, count(*) from wallet.operation where operation_uuid = any(%s) group by created_at"
+    assert [count for _, count in superuser.execute(query, [[*operations["w"], *operations["v"]]])] == [50]
+
+
+async def test_a_call_takes_so_many_at_most_and_none_waits_twice(
+    superuser: psycopg.Connection, database_url: str, aiohttp_client: AiohttpClient
+) -> None:
+    client = await aiohttp_client(make_app(Settings(database_url=database_url, lanes=1, lane_batch=20)))
+    await create(client, {"w": 100, "pilot": 0})
+
+    answers = await in_one_call(client, superuser, *(deposit(client, "w", 1000) for _ in range(50)))
+
+    assert [answer.status for answer in answers] == [200] * 50
+    query = "select count(*) from wallet.operation where amount = 1000 group by created_at order by created_at"
+    assert [count for (count,) in superuser.execute(query)] == [20, 20, 10]
+
+
+# The end
+
+
+async def test_a_service_that_stops_answers_what_it_accepted(superuser: psycopg.Connection, database_url: str) -> None:
+    runner = web.AppRunner(make_app(Settings(database_url=database_url, lanes=1)), shutdown_timeout=20)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+
+    async with ClientSession(url) as session:
+
+        async def ask(amount: int) -> tuple[int, str]:
+            body = {"operation_uuid": str(uuid4()), "operation_type": "DEPOSIT", "amount": amount}
+            async with session.post("/api/v1/wallets/w/operation", json=body) as answer:
+                return answer.status, await answer.text()
+
+        async with session.post("/api/v1/wallets", json={"uuid": "w"}) as created:
+            assert created.status == 201
+        with locked(superuser, "w"):
+            asked = [asyncio.create_task(ask(1))]
+            await waiting_call(superuser)
+            asked += [asyncio.create_task(ask(2)) for _ in range(20)]
+            await until(lambda: len(runner.app[LANES][0]._waiting) == 20)
+            stopping = asyncio.create_task(runner.cleanup())
+            await until(lambda: not runner.sites)
+            async with ClientSession() as late:
+                with pytest.raises(ClientConnectorError):
+                    await late.get(f"{url}/healthz")
+            assert not stopping.done()
+
+        assert [status for status, _ in await asyncio.gather(*asked)] == [200] * 21
+        began = time.monotonic()
+        await stopping
+        assert time.monotonic() - began < 5
+    assert superuser.execute("select balance, seq from wallet.wallet").fetchall() == [(41, 21)]
+    await until(lambda: lane_pids(superuser) == [])

@@ -1,0 +1,366 @@
+"""app/openapi.yaml says what the service does: all of it, and nothing else."""
+
+import asyncio
+import json
+import re
+import sys
+from collections.abc import AsyncIterator, Iterator
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import quote
+from uuid import UUID
+
+import psycopg
+import pytest
+from aiohttp import ClientResponse
+from aiohttp.test_utils import TestClient
+from jsonschema import Draft202012Validator
+from openapi_spec_validator import OpenAPIV31SpecValidator, validate
+from pytest_aiohttp.plugin import AiohttpClient, AiohttpServer
+from yarl import URL
+
+from app import docs, messages, problems
+from app.application import make_app
+from app.migrations import TESTDATA_HISTORY, dbmate
+from app.settings import Settings
+from tests.conftest import url_of
+
+DOCUMENT: dict[str, Any] = json.loads(docs.description())
+METHODS = {"get", "put", "post", "delete", "options", "head", "patch", "trace"}
+WITHDRAWAL = {"operation_uuid": "aaaaaaaa-0000-4000-8000-00000000000a", "operation_type": "WITHDRAW", "amount": 1}
+
+
+@pytest.fixture
+def demonstration_wallets(superuser: psycopg.Connection) -> None:
+    """1111111111 to 5555555555 hold 1500 each."""
+    dbmate(url_of(superuser, "postgres"), "testdata", "--migrations-table", TESTDATA_HISTORY, "migrate")
+
+
+def resolved(node: dict[str, Any]) -> dict[str, Any]:
+    """Return what an object of the document is, or what it refers to."""
+    while "$ref" in node:
+        reference, node = node["$ref"], DOCUMENT
+        for name in reference.removeprefix("#/").split("/"):
+            node = node[name]
+    return node
+
+
+def operations() -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Return path, method and description of every operation in the document, in its order."""
+    for path, item in DOCUMENT["paths"].items():
+        for method in METHODS & item.keys():
+            yield (
+                path,
+                method,
+                item[method] | {"parameters": item.get("parameters", []) + item[method].get("parameters", [])},
+            )
+
+
+# The document
+
+
+def test_the_document_is_valid() -> None:
+    validate(DOCUMENT, cls=OpenAPIV31SpecValidator)
+
+
+def test_every_operation_is_told_apart_and_explained() -> None:
+    names = [operation["operationId"] for _, _, operation in operations()]
+    assert len(names) == len(set(names))
+    tags = {tag["name"] for tag in DOCUMENT["tags"]}
+    for path, method, operation in operations():
+        assert operation["summary"], (path, method)
+        assert set(operation["tags"]) <= tags
+        for parameter in operation["parameters"]:
+            assert parameter["description"], (path, method, parameter["name"])
+
+
+def test_nothing_in_the_document_is_left_over() -> None:
+    used = set(re.findall(r'"\$ref":\s*"#/components/([^"]+)"', json.dumps(DOCUMENT)))
+    assert used == {f"{kind}/{name}" for kind, components in DOCUMENT["components"].items() for name in components}
+
+
+def test_every_route_is_described_and_every_description_has_its_route() -> None:
+    """HEAD comes with every GET (RFC 9110, section 9.3.2); what lies below /docs/ are the parts of that page."""
+    routes = {
+        (route.resource.canonical, route.method.lower())
+        for route in make_app(Settings(database_url="postgres://nowhere/")).router.routes()
+        if route.resource is not None and route.method != "HEAD" and not route.resource.canonical.startswith("/docs/")
+    }
+    assert routes == {(path, method) for path, method, _ in operations()}
+
+
+def test_every_code_that_the_service_answers_with_is_listed() -> None:
+    """Problems are made from the two tables in app/problems.py, or by Problem(status, code, …) and the like."""
+    sources = "".join(file.read_text() for file in Path(problems.__file__).parent.glob("*.py"))
+    codes = {code for _, code in problems.REFUSALS.values()}
+    codes |= set(re.findall(r'Problem\(\s*\d{3}, "(\w+)"', sources))
+    codes |= set(re.findall(r'^    \d{3}: "(\w+)",$', sources, re.MULTILINE))
+    codes |= set(re.findall(r'_HTTP_CODES\.get\([^)]*"(\w+)"\)', sources))
+    assert codes == set(DOCUMENT["components"]["schemas"]["Problem"]["properties"]["code"]["enum"])
+
+
+def test_the_limits_in_the_document_are_the_limits_of_the_service() -> None:
+    told = DOCUMENT["components"]["responses"]["BodyTooLarge"]["description"]
+    assert f"{messages.BODY_LIMIT:,} bytes, of a bulk request {messages.BULK_BODY_LIMIT:,}." in told
+
+
+# Its examples. A request and an answer of the same name belong together. A parameter without an example of that name
+# has its first one if it must be given, else it is left out.
+
+
+class Example(NamedTuple):
+    """A request and the answer that it gets."""
+
+    name: str
+    path: str
+    method: str
+    url: URL
+    body: Any
+    status: int
+    content_type: str
+    answer: Any
+
+
+def requests_of(operation: dict[str, Any]) -> dict[str, Any]:
+    """Return the bodies in an operation's examples, by name."""
+    if "requestBody" not in operation:
+        return {}
+    shown = operation["requestBody"]["content"]["application/json"]["examples"]
+    return {name: example["value"] for name, example in shown.items()}
+
+
+def examples() -> Iterator[Example]:
+    """Return the examples, in the document's order."""
+    for path, method, operation in operations():
+        bodies = requests_of(operation)
+        for status, response in operation["responses"].items():
+            for content_type, content in response.get("content", {}).items():
+                for name, example in content.get("examples", {}).items():
+                    url = example_url(path, operation["parameters"], name)
+                    body = bodies[name] if bodies else None
+                    yield Example(name, path, method, url, body, int(status), content_type, example["value"])
+
+
+def example_url(path: str, parameters: list[dict[str, Any]], name: str) -> URL:
+    """Return the path and query of an example."""
+    query = {}
+    for parameter in parameters:
+        values = {key: str(example["value"]) for key, example in parameter["examples"].items()}
+        if parameter["in"] == "path":
+            value = values.get(name, next(iter(values.values())))
+            path = path.replace(f"{{{parameter['name']}}}", quote(value, safe=""))
+        elif name in values:
+            query[parameter["name"]] = values[name]
+    return URL(path, encoded=True).with_query(query)
+
+
+def masked(value: Any) -> Any:
+    """Return an answer without what no two runs have in common: times, and names that are random UUIDs."""
+    if isinstance(value, list):
+        return [masked(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    value = {key: "a time" if key == "created_at" else masked(item) for key, item in value.items()}
+    if "balance" in value and re.fullmatch("[0-9a-f-]{36}", value["uuid"]):
+        assert UUID(value["uuid"]).version == 4
+        value["uuid"] = "a random UUID"
+    return value
+
+
+def test_every_example_of_a_request_has_its_answer() -> None:
+    answered = {(example.method, example.path, example.name) for example in examples()}
+    for path, method, operation in operations():
+        for name in requests_of(operation):
+            assert (method, path, name) in answered
+        for parameter in operation["parameters"]:
+            for name in list(parameter["examples"])[parameter["required"] :]:
+                assert (method, path, name) in answered
+
+
+def test_every_problem_that_an_operation_has_to_itself_has_an_example() -> None:
+    """The shared ones are below: they need more than a request."""
+    for _, _, operation in operations():
+        for status, response in operation["responses"].items():
+            if status in ("400", "404"):
+                content = response["content"]["application/problem+json"]
+                schema = content["schema"]["properties"]["code"]
+                shown = {example["value"]["code"] for example in content["examples"].values()}
+                assert shown == set(schema.get("enum", [schema.get("const")])), operation["operationId"]
+
+
+@pytest.mark.usefixtures("demonstration_wallets")
+async def test_every_example_gets_its_answer(client: TestClient) -> None:
+    sent = 0
+    for example in examples():
+        body = None if example.body is None else json.dumps(example.body)
+        headers = {} if body is None else {"Content-Type": "application/json"}
+        answer = await client.request(example.method, example.url, data=body, headers=headers)
+        told = await answer.json(content_type=None)
+        assert (answer.status, answer.content_type) == (example.status, example.content_type), (example.name, told)
+        assert masked(told) == masked(example.answer), example.name
+        sent += 1
+    assert sent > 25
+
+
+def test_every_answer_shown_is_of_the_shape_described() -> None:
+    for _, _, operation in operations():
+        for response in map(resolved, operation["responses"].values()):
+            for media in response.get("content", {}).values():
+                shown = [example["value"] for example in media.get("examples", {}).values()]
+                for value in [*shown, *([media["example"]] if "example" in media else [])]:
+                    checker(media["schema"]).validate(value)
+
+
+def test_a_request_shown_is_of_the_shape_described_unless_its_answer_is_invalid_request() -> None:
+    for example in examples():
+        if example.body is None:
+            continue
+        body = DOCUMENT["paths"][example.path][example.method]["requestBody"]["content"]["application/json"]
+        refused = example.status == 400 and example.answer["code"] == "invalid_request"
+        assert checker(body["schema"]).is_valid(example.body) is not refused, example.name
+
+
+def checker(schema: dict[str, Any]) -> Draft202012Validator:
+    """Return a validator of one of the document's schemas, in which an answer may have only what is described."""
+    return Draft202012Validator({**closed(schema), "components": closed(DOCUMENT["components"])})
+
+
+def closed(node: Any) -> Any:
+    """Return a part of the document in which no object has undescribed members. (Clients are told to ignore them.)"""
+    if isinstance(node, list):
+        return [closed(item) for item in node]
+    if not isinstance(node, dict):
+        return node
+    node = {name: closed(item) for name, item in node.items()}
+    return node | {"additionalProperties": False} if node.get("type") == "object" and "properties" in node else node
+
+
+# The answers that many operations share, and what it takes to get them
+
+
+async def is_as_shown(answer: ClientResponse, name: str, **but: object) -> None:
+    """Assert that an answer is the one in components/responses, but for members that are given here."""
+    await is_response(answer, DOCUMENT["components"]["responses"][name], **but)
+
+
+async def is_response(answer: ClientResponse, response: dict[str, Any], **but: object) -> None:
+    (media,) = response["content"].values()
+    told = await answer.json(content_type="application/problem+json")
+    assert told == media["example"] | but
+    assert answer.status == told["status"]
+    for header in response.get("headers", {}):
+        assert header in answer.headers
+
+
+def with_answer(status: str) -> list[str]:
+    """Return the paths of the operations that are described with this answer."""
+    found = [
+        path.replace("{wallet_uuid}", "w") for path, _, operation in operations() if status in operation["responses"]
+    ]
+    assert found
+    return found
+
+
+@pytest.mark.parametrize("path", with_answer("413"))
+async def test_a_body_that_is_too_large_is_answered_as_shown(client: TestClient, path: str) -> None:
+    limit = messages.BULK_BODY_LIMIT if path == "/api/v1/operations" else messages.BODY_LIMIT
+    answer = await client.post(path, data=b" " * (limit + 1), headers={"Content-Type": "application/json"})
+    # Python's word for 413 has changed with RFC 9110.
+    await is_as_shown(answer, "BodyTooLarge", detail=f"A body may have {limit} bytes", title=HTTPStatus(413).phrase)
+
+
+@pytest.mark.parametrize("path", with_answer("415"))
+async def test_a_body_of_another_type_is_answered_as_shown(client: TestClient, path: str) -> None:
+    await is_as_shown(
+        await client.post(path, data=b"{}", headers={"Content-Type": "text/plain"}), "UnsupportedMediaType"
+    )
+
+
+@pytest.mark.parametrize("path", with_answer("408"))
+async def test_a_body_that_does_not_arrive_is_answered_as_shown(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    monkeypatch.setattr(messages, "BODY_TIMEOUT", 0.1)
+
+    async def half_a_body() -> AsyncIterator[bytes]:
+        yield b"{"
+        await asyncio.sleep(5)
+
+    answer = await client.post(path, data=half_a_body(), headers={"Content-Type": "application/json"})
+    await is_as_shown(answer, "RequestTimeout", detail="The body did not arrive within 0.1 seconds")
+
+
+@pytest.mark.parametrize("path", with_answer("429"))
+async def test_an_overload_is_answered_as_shown(database_url: str, aiohttp_client: AiohttpClient, path: str) -> None:
+    client = await aiohttp_client(make_app(Settings(database_url=database_url, lane_queue=0, bulk_queue=0)))
+    body = {"operations": [{"wallet_uuid": "w"} | WITHDRAWAL]} if path == "/api/v1/operations" else WITHDRAWAL
+    await is_as_shown(await client.post(path, json=body), "Overloaded")
+
+
+async def test_a_database_that_is_away_is_answered_as_shown(aiohttp_client: AiohttpClient) -> None:
+    nowhere = "postgres://nobody@/nothing?host=/nonexistent"
+    client = await aiohttp_client(make_app(Settings(database_url=nowhere, request_deadline=0.2)))
+    paths = [path for path in with_answer("503") if path != "/readyz"]
+    bodies = {
+        "/api/v1/wallets": {},
+        "/api/v1/wallets/w/operation": WITHDRAWAL,
+        "/api/v1/operations": {"operations": [{"wallet_uuid": "w"} | WITHDRAWAL]},
+    }
+    assert bodies.keys() < set(paths)
+    for path in paths:
+        url = path.replace("{operation_uuid}", WITHDRAWAL["operation_uuid"])
+        answer = await (client.post(url, json=bodies[path]) if path in bodies else client.get(url))
+        await is_as_shown(answer, "Unavailable")
+    await is_response(await client.get("/readyz"), DOCUMENT["paths"]["/readyz"]["get"]["responses"]["503"])
+
+
+async def test_what_the_introduction_says_of_routes(client: TestClient) -> None:
+    problem = checker(DOCUMENT["components"]["schemas"]["Problem"])
+    unknown = await client.get("/api/v1/wallet")
+    told = await unknown.json(content_type="application/problem+json")
+    problem.validate(told)
+    assert (unknown.status, told["code"]) == (404, "not_found")
+    other = await client.put("/api/v1/wallets/1111111111")
+    told = await other.json(content_type="application/problem+json")
+    problem.validate(told)
+    assert (other.status, told["code"], other.headers["Allow"]) == (405, "method_not_allowed", "GET,HEAD")
+
+
+# Whatever else one may send
+
+
+@pytest.mark.usefixtures("demonstration_wallets")
+async def test_no_request_gets_an_answer_that_is_not_described(
+    database_url: str, aiohttp_server: AiohttpServer, tmp_path: Path
+) -> None:
+    """Schemathesis makes up requests from the document, good ones and bad ones, and compares each answer with it.
+
+    Its check that good ones succeed is left out: a wallet that is unknown or empty is not their fault.
+    """
+    server = await aiohttp_server(make_app(Settings(database_url=database_url)))
+    description = tmp_path / "openapi.json"
+    description.write_text(json.dumps(closed(DOCUMENT)))
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "schemathesis.cli", "run", str(description), "--url", str(server.make_url("/"))),
+        *("--phases", "examples,coverage,fuzzing", "--max-examples", "15", "--seed", "1", "--generation-deterministic"),
+        *("--checks", ",".join(CHECKS), "--warnings", "off", "--no-color"),
+        cwd=tmp_path,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    said, _ = await process.communicate()
+    assert process.returncode == 0, said.decode()
+
+
+CHECKS = [
+    "not_a_server_error",
+    "status_code_conformance",
+    "content_type_conformance",
+    "response_headers_conformance",
+    "response_schema_conformance",
+    "negative_data_rejection",
+    "missing_required_header",
+    "unsupported_method",
+    "allow_header_conformance",
+]

@@ -1,0 +1,337 @@
+"""The contract over REST, the old service's part of it first."""
+
+from datetime import datetime
+from uuid import UUID, uuid4
+
+import psycopg
+import pytest
+from aiohttp.test_utils import TestClient
+from pytest_aiohttp.plugin import AiohttpClient
+
+from app.application import make_app
+from app.settings import Settings
+from tests.api.door import balance, create, deposit, history, path, problem, withdraw
+from tests.conftest import url_of
+
+A = UUID("aaaaaaaa-0000-4000-8000-00000000000a")
+
+# What a client written for the old service relies on
+
+
+async def test_a_wallet_has_an_id_a_uuid_and_a_balance(client: TestClient) -> None:
+    await create(client, {"1111111111": 1500})
+
+    answer = await client.get("/api/v1/wallets/1111111111")
+
+    assert answer.status == 200
+    assert answer.content_type == "application/json"
+    assert await answer.json() == {"id": 1, "uuid": "1111111111", "balance": 1500}
+
+
+@pytest.mark.parametrize(("operation_type", "balance_after"), [("DEPOSIT", 1600), ("WITHDRAW", 1400)])
+async def test_an_operation_is_answered_with_its_uuid(
+    client: TestClient, operation_type: str, balance_after: int
+) -> None:
+    await create(client, {"1111111111": 1500})
+
+    body = {"operation_type": operation_type, "amount": 100, "operation_uuid": str(A)}
+    answer = await client.post("/api/v1/wallets/1111111111/operation", json=body)
+
+    assert answer.status == 200
+    assert answer.content_type == "application/json"
+    assert await answer.json() == str(A)
+    assert await balance(client, "1111111111") == balance_after
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [str(A).upper(), A.hex, A.hex.upper()],
+    ids=["upper_case", "without_hyphens", "upper_case_without_hyphens"],
+)
+async def test_an_operation_uuid_is_answered_in_canonical_form(client: TestClient, spelling: str) -> None:
+    await create(client, {"w": 0})
+
+    body = {"operation_uuid": spelling, "operation_type": "DEPOSIT", "amount": 5}
+    answer = await client.post("/api/v1/wallets/w/operation", json=body)
+
+    assert answer.status == 200
+    assert await answer.json() == str(A)
+    assert [operation["operation_uuid"] for operation in await history(client, "w")] == [str(A)]
+
+
+@pytest.mark.parametrize(
+    "content_type",
+    [
+        None,
+        "application/json",
+        "application/json; charset=utf-8",
+        'Application/JSON;charset="UTF-8"',
+        "application/problem+json",
+    ],
+)
+async def test_a_body_is_taken_for_json_in_utf_8(client: TestClient, content_type: str | None) -> None:
+    await create(client, {"w": 0})
+
+    answer = await client.post(
+        "/api/v1/wallets/w/operation",
+        data=f'\r\n{{"amount": 5, "operation_type": "DEPOSIT", "operation_uuid": "{A}"}}\t'.encode(),
+        headers={} if content_type is None else {"Content-Type": content_type},
+        skip_auto_headers=["Content-Type"],
+    )
+
+    assert answer.status == 200
+    assert await balance(client, "w") == 5
+
+
+async def test_a_field_that_stands_twice_counts_once(client: TestClient) -> None:
+    await create(client, {"w": 0})
+
+    body = f'{{"amount": 5, "operation_type": "DEPOSIT", "operation_uuid": "{A}", "amount": 6}}'
+    answer = await client.post(
+        "/api/v1/wallets/w/operation", data=body.encode(), headers={"Content-Type": "application/json"}
+    )
+
+    assert answer.status == 200
+    assert [operation["amount"] for operation in await history(client, "w")] == [6]
+
+
+async def test_a_wallet_that_does_not_exist_is_not_found(client: TestClient) -> None:
+    for answer in (
+        await client.get("/api/v1/wallets/nobody"),
+        await deposit(client, "nobody", 5),
+        await client.get("/api/v1/wallets/nobody/operations"),
+        await client.get(f"/api/v1/wallets/nobody/operations/{A}"),
+    ):
+        assert (await problem(answer, 404, "wallet_not_found"))["detail"] == "Wallet not found"
+
+
+async def test_a_withdrawal_never_overdraws(client: TestClient) -> None:
+    await create(client, {"w": 100})
+
+    refused = await withdraw(client, "w", 101)
+
+    assert (await problem(refused, 400, "insufficient_funds"))["detail"] == "Not enough money"
+    assert await balance(client, "w") == 100
+
+
+async def test_an_operation_is_applied_once(client: TestClient) -> None:
+    await create(client, {"w": 100})
+    assert (await deposit(client, "w", 5, A)).status == 200
+
+    again = await deposit(client, "w", 5, A)
+
+    assert (await problem(again, 400, "duplicate_operation"))["detail"] == "Transaction already exists"
+    assert await balance(client, "w") == 105
+
+
+# A repeated operation
+
+
+async def test_a_repeat_of_the_same_request_learns_that_its_money_moved(client: TestClient) -> None:
+    await create(client, {"w": 100})
+    await withdraw(client, "w", 100, A)
+    await deposit(client, "w", 7)
+
+    told = await problem(await withdraw(client, "w", 100, A), 400, "duplicate_operation")
+
+    assert told["same_request"] is True
+    assert told["operation"] == (await history(client, "w"))[1]
+    assert told["operation"]["balance_after"] == 0
+
+
+@pytest.mark.parametrize(
+    ("operation_type", "amount"), [("WITHDRAW", 11), ("DEPOSIT", 10)], ids=["other_amount", "other_type"]
+)
+async def test_another_request_under_a_used_uuid_learns_what_it_was(
+    client: TestClient, operation_type: str, amount: int
+) -> None:
+    await create(client, {"w": 100})
+    await withdraw(client, "w", 10, A)
+
+    body = {"operation_uuid": str(A), "operation_type": operation_type, "amount": amount}
+    told = await problem(await client.post(path("w", "/operation"), json=body), 400, "duplicate_operation")
+
+    assert told["same_request"] is False
+    assert told["operation"] == (await history(client, "w"))[1]
+
+
+async def test_a_duplicate_of_another_wallet_s_operation_learns_nothing_of_it(client: TestClient) -> None:
+    await create(client, {"w": 100, "v": 100})
+    await withdraw(client, "w", 10, A)
+
+    told = await problem(await withdraw(client, "v", 10, A), 400, "duplicate_operation")
+
+    assert "operation" not in told
+    assert "same_request" not in told
+
+
+async def test_a_refused_operation_may_be_tried_again(client: TestClient) -> None:
+    await create(client, {"w": 0})
+    await problem(await withdraw(client, "w", 10, A), 400, "insufficient_funds")
+    await deposit(client, "w", 10)
+
+    assert (await withdraw(client, "w", 10, A)).status == 200
+    assert await balance(client, "w") == 0
+
+
+# New wallets
+
+
+async def test_a_new_wallet_is_empty(client: TestClient) -> None:
+    created = await client.post("/api/v1/wallets", json={"uuid": "mine"})
+
+    assert created.status == 201
+    assert created.headers["Location"] == "/api/v1/wallets/mine"
+    assert await created.json() == {"id": 1, "uuid": "mine", "balance": 0}
+
+
+@pytest.mark.parametrize("body", [None, b"", b"{}", b'{"uuid": null}'], ids=["no_body", "nothing", "empty", "null"])
+async def test_a_wallet_without_a_chosen_name_gets_a_random_one(client: TestClient, body: bytes | None) -> None:
+    names = set()
+    for _ in range(2):
+        created = await client.post("/api/v1/wallets", data=body, headers={"Content-Type": "application/json"})
+        assert created.status == 201
+        wallet = await created.json()
+        assert created.headers["Location"] == f"/api/v1/wallets/{wallet['uuid']}"
+        assert await (await client.get(created.headers["Location"])).json() == wallet
+        names.add(UUID(wallet["uuid"]))
+    assert {name.version for name in names} == {4}
+    assert len(names) == 2
+
+
+async def test_a_name_is_given_to_one_wallet_only(client: TestClient) -> None:
+    await create(client, {"mine": 5})
+
+    refused = await client.post("/api/v1/wallets", json={"uuid": "mine"})
+
+    assert (await problem(refused, 400, "wallet_exists"))["detail"] == "Wallet already exists"
+    assert await balance(client, "mine") == 5
+
+
+async def test_a_name_may_have_64_characters(client: TestClient) -> None:
+    await create(client, {"a-Z_9" + "w" * 59: 5})
+
+
+# What was done
+
+
+async def test_operations_come_newest_first(client: TestClient) -> None:
+    await create(client, {"w": 100})
+    await withdraw(client, "w", 30, A)
+
+    page = await (await client.get("/api/v1/wallets/w/operations")).json()
+
+    assert page["next"] is None
+    newest, first = page["operations"]
+    assert datetime.fromisoformat(newest.pop("created_at")) >= datetime.fromisoformat(first["created_at"])
+    assert newest == {
+        "operation_uuid": str(A),
+        "wallet_uuid": "w",
+        "operation_type": "WITHDRAW",
+        "amount": 30,
+        "balance_after": 70,
+        "seq": 2,
+    }
+
+
+async def test_a_new_wallet_has_no_operations(client: TestClient) -> None:
+    await create(client, {"w": 0})
+
+    answer = await client.get("/api/v1/wallets/w/operations")
+
+    assert answer.status == 200
+    assert await answer.json() == {"operations": [], "next": None}
+
+
+@pytest.mark.parametrize("count", [6, 7, 8])
+async def test_pages_follow_each_other_to_the_first_operation(client: TestClient, count: int) -> None:
+    await create(client, {"w": 0})
+    for amount in range(1, count + 1):
+        await deposit(client, "w", amount)
+
+    amounts: list[int] = []
+    query = {"limit": 3}
+    while True:
+        page = await (await client.get("/api/v1/wallets/w/operations", params=query)).json()
+        assert 1 <= len(page["operations"]) <= 3
+        amounts += [operation["amount"] for operation in page["operations"]]
+        if page["next"] is None:
+            break
+        await deposit(client, "w", 1000)  # what comes in meanwhile moves no page
+        query["before"] = page["next"]
+
+    assert amounts == list(range(count, 0, -1))
+
+
+async def test_a_page_before_the_first_operation_is_empty(client: TestClient) -> None:
+    await create(client, {"w": 5})
+
+    answer = await client.get("/api/v1/wallets/w/operations", params={"before": 1})
+
+    assert await answer.json() == {"operations": [], "next": None}
+
+
+@pytest.mark.parametrize("spelling", [str(A), str(A).upper(), A.hex], ids=["canonical", "upper_case", "hex"])
+async def test_an_operation_can_be_read_by_its_uuid(client: TestClient, spelling: str) -> None:
+    await create(client, {"w": 100})
+    await withdraw(client, "w", 30, A)
+
+    answer = await client.get(f"/api/v1/wallets/w/operations/{spelling}")
+
+    assert answer.status == 200
+    assert await answer.json() == (await history(client, "w"))[1]
+
+
+async def test_an_operation_is_found_on_its_own_wallet_only(client: TestClient) -> None:
+    await create(client, {"w": 100, "v": 100})
+    await withdraw(client, "w", 30, A)
+
+    for answer in (
+        await client.get(f"/api/v1/wallets/v/operations/{A}"),
+        await client.get(f"/api/v1/wallets/w/operations/{uuid4()}"),
+    ):
+        assert (await problem(answer, 404, "operation_not_found"))["detail"] == "Operation not found"
+
+
+# Health
+
+
+@pytest.mark.parametrize("check", ["/healthz", "/readyz"])
+async def test_a_service_on_a_migrated_database_is_well(client: TestClient, check: str) -> None:
+    assert (await client.get(check)).status == 200
+
+
+async def test_a_service_without_its_database_lives_but_is_not_ready(aiohttp_client: AiohttpClient) -> None:
+    client = await aiohttp_client(make_app(Settings(database_url="postgresql://nobody@/nowhere?host=/nonexistent")))
+
+    assert (await client.get("/healthz")).status == 200
+    answer = await client.get("/readyz")
+    await problem(answer, 503, "unavailable")
+    assert int(answer.headers["Retry-After"]) > 0
+
+
+async def test_a_service_is_not_ready_before_its_database_is_migrated(
+    client: TestClient, superuser: psycopg.Connection
+) -> None:
+    superuser.execute("drop function wallet.list_operations")
+
+    await problem(await client.get("/readyz"), 503, "not_migrated")
+
+
+async def test_a_service_is_not_ready_as_a_user_who_may_call_nothing(
+    superuser: psycopg.Connection, aiohttp_client: AiohttpClient
+) -> None:
+    client = await aiohttp_client(make_app(Settings(database_url=url_of(superuser, "report"))))
+
+    await problem(await client.get("/readyz"), 503, "not_migrated")
+
+
+async def test_a_request_that_the_database_does_not_answer_in_time_may_be_asked_again(
+    aiohttp_client: AiohttpClient,
+) -> None:
+    settings = Settings(database_url="postgresql://nobody@/nowhere?host=/nonexistent", request_deadline=0.2)
+    client = await aiohttp_client(make_app(settings))
+
+    for answer in (await client.get("/api/v1/wallets/w"), await deposit(client, "w", 5)):
+        await problem(answer, 503, "unavailable")
+        assert int(answer.headers["Retry-After"]) > 0

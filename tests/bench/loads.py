@@ -1,0 +1,168 @@
+"""The pieces of the benchmark: a durable server, databases cloned from a template, services, wrk and pgbench."""
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psycopg
+
+from app.embedded import BINARIES, Postgres
+from app.migrations import LOGIN, dbmate
+
+WALLETS = 10_000
+HERE = Path(__file__).resolve().parent
+CHECKOUT = HERE.parent.parent
+
+
+class Bench:
+    """A PostgreSQL server with everything durable, and a template database of 10,000 empty wallets."""
+
+    def __init__(self, postgres: Postgres) -> None:
+        self.postgres = postgres
+
+    def prepare(self) -> None:
+        """Make the template."""
+        self.execute("postgres", "create database template")
+        dbmate(self.postgres.url("postgres", "template"), "migrations", "migrate")
+        self.execute("postgres", f"create role {LOGIN} login in role wallet_app")
+        names = f"select 'w' || lpad(n::text, 5, '0') from generate_series(1, {WALLETS}) as n"
+        self.execute("template", f"select count(wallet.create_wallet(name)) from ({names}) as w (name)")
+        with psycopg.connect(self.postgres.url("postgres", "template"), autocommit=True) as connection:
+            connection.execute("vacuum (analyze)")
+
+    def execute(self, database: str, query: str) -> list[tuple[Any, ...]]:
+        """Run one statement as superuser and return its rows."""
+        with psycopg.connect(self.postgres.url("postgres", database), autocommit=True) as connection:
+            cursor = connection.execute(query)
+            return cursor.fetchall() if cursor.description else []
+
+    @contextlib.contextmanager
+    def database(self, template: str = "template") -> Iterator[str]:
+        """A database of one load's own: cloned, checked afterwards, dropped."""
+        self.execute("postgres", "drop database if exists bench with (force)")
+        self.execute("postgres", f"create database bench template {template} strategy file_copy")
+        self.execute("postgres", "checkpoint")
+        yield "bench"
+
+    def operations(self, database: str) -> int:
+        """Return the number of operations in a ledger."""
+        return int(self.execute(database, "select count(*) from wallet.operation")[0][0])
+
+    def bytes_per_operation(self, database: str) -> float:
+        """Return the bytes on disk that an operation takes, in the table and in its indexes."""
+        query = "select pg_total_relation_size('wallet.operation') / greatest(count(*), 1)::float from wallet.operation"
+        return float(self.execute(database, query)[0][0])
+
+    def check_books(self, database: str) -> None:
+        """Raise if wallet.verify() finds anything."""
+        faults = self.execute(database, "select * from wallet.verify() limit 3")
+        if faults:
+            raise AssertionError(f"the books are wrong: {faults}")
+
+    def pgbench(self, database: str, script: str, clients: int, seconds: int) -> dict[str, float]:
+        """Run a script with prepared statements; return transactions a second and the latencies in milliseconds."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "script.sql")
+            path.write_text(script)
+            command: list[object] = [
+                BINARIES / "pgbench",
+                "-n",
+                "-M",
+                "prepared",
+                "-c",
+                clients,
+                "-j",
+                1,
+                "-T",
+                seconds,
+            ]
+            command += ["-l", "--sampling-rate=0.2" if clients * seconds > 20 else "--sampling-rate=1", "-f", path]
+            ran = subprocess.run(
+                [str(part) for part in [*command, self.postgres.url("postgres", database)]],
+                cwd=folder,
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+            latencies = sorted(
+                int(line.split()[2]) / 1000
+                for log in Path(folder).glob("pgbench_log.*")
+                for line in log.read_text().splitlines()
+            )
+        tps = next(float(line.split()[2]) for line in ran.stdout.splitlines() if line.startswith("tps"))
+        return {"per_second": tps, **percentiles(latencies)}
+
+
+def percentiles(latencies: list[float]) -> dict[str, float]:
+    """Return p50 and p99 of sorted latencies in milliseconds."""
+    last = len(latencies) - 1
+    return {"p50_ms": latencies[last // 2], "p99_ms": latencies[last * 99 // 100]}
+
+
+@contextlib.contextmanager
+def server(*settings: str) -> Iterator[Bench]:
+    """A PostgreSQL server for the benchmark, in a temporary folder, fsync and synchronous_commit on."""
+    with tempfile.TemporaryDirectory(prefix="wallet-bench-") as folder:
+        postgres = Postgres(Path(folder), "max_connections=200", "shared_buffers=1GB", "max_wal_size=8GB", *settings)
+        postgres.start()
+        try:
+            bench = Bench(postgres)
+            bench.prepare()
+            yield bench
+        finally:
+            postgres.stop()
+
+
+@contextlib.contextmanager
+def service(command: list[str], **settings: object) -> Iterator[int]:
+    """A server process of ours on a free port, ready to answer."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {key: value for key, value in os.environ.items() if key != "DATABASE_URL"}
+    environment |= {"PORT": str(port)} | {name: str(value) for name, value in settings.items()}
+    process = subprocess.Popen(
+        [sys.executable, "-m", *command], cwd=CHECKOUT, env=environment, stdout=subprocess.DEVNULL
+    )
+    try:
+        wait_for(port, process)
+        yield port
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def wait_for(port: int, process: subprocess.Popen[bytes]) -> None:
+    """Wait until a service answers at all."""
+    for _ in range(300):
+        if process.poll() is not None:
+            break
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=5).close()
+            return
+        except urllib.error.HTTPError:  # a baseline has no such page, but it answers
+            return
+        except OSError:
+            pass
+        time.sleep(0.05)
+    raise AssertionError(f"no service on port {port}")
+
+
+def wrk(port: int, connections: int, seconds: int, wallets: int = 1, reads: int = 0, size: int = 1) -> dict[str, Any]:
+    """Run wrk on one thread; return requests a second, the latencies and the count of answers that were not 2xx."""
+    command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--timeout", "30s", "-s", str(HERE / "wrk.lua")]
+    command += [f"http://127.0.0.1:{port}", "--", str(wallets), str(reads), str(size)]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    result: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
+    result["per_second"] = result["requests"] / result["seconds"]
+    return result

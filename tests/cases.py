@@ -1,0 +1,210 @@
+"""The rules as a table: what happens to whom, in what order, with what outcome. Every door is held to it."""
+
+from typing import NamedTuple
+from uuid import UUID
+
+MAX = 2**63 - 1
+NIL = UUID(int=0)
+A, B, C, D = (UUID(f"{letter * 8}-0000-4000-8000-000000000000") for letter in "abcd")
+
+MESSAGES = {
+    "WA402": "Not enough money",
+    "WA404": "Wallet not found",
+    "WA409": "Transaction already exists",
+    "WA414": "Operation not found",
+    "WA416": "Balance out of range",
+    "WA419": "Wallet already exists",
+}
+"""What goes with each SQLSTATE. WA400 is not here: it says what is wrong with the argument."""
+
+
+class Request(NamedTuple):
+    """One operation that somebody asks for. `outcome`: None if it is applied, else the SQLSTATE."""
+
+    wallet: str
+    operation: UUID
+    type: str
+    amount: int
+    outcome: str | None
+
+
+class Case(NamedTuple):
+    """Wallets with what they hold at first, requests one after another, and what the wallets hold then."""
+
+    name: str
+    wallets: dict[str, int]
+    requests: list[Request]
+    balances: dict[str, int]
+
+
+def deposit(wallet: str, operation: UUID, amount: int, outcome: str | None = None) -> Request:
+    return Request(wallet, operation, "DEPOSIT", amount, outcome)
+
+
+def withdraw(wallet: str, operation: UUID, amount: int, outcome: str | None = None) -> Request:
+    return Request(wallet, operation, "WITHDRAW", amount, outcome)
+
+
+CASES = [
+    Case("a deposit adds", {"w": 100}, [deposit("w", A, 50)], {"w": 150}),
+    Case("a withdrawal takes off", {"w": 100}, [withdraw("w", A, 30)], {"w": 70}),
+    Case("a withdrawal may take everything", {"w": 100}, [withdraw("w", A, 100)], {"w": 0}),
+    Case("a withdrawal never overdraws", {"w": 100}, [withdraw("w", A, 101, "WA402")], {"w": 100}),
+    Case("an empty wallet has nothing to give", {"w": 0}, [withdraw("w", A, 1, "WA402")], {"w": 0}),
+    Case("the largest withdrawal is refused", {"w": 100}, [withdraw("w", A, MAX, "WA402")], {"w": 100}),
+    Case("the smallest amount counts", {"w": 0}, [deposit("w", A, 1), withdraw("w", B, 1)], {"w": 0}),
+    Case(
+        "a refusal does not stop what follows",
+        {"w": 100},
+        [withdraw("w", A, 60), withdraw("w", B, 60, "WA402"), withdraw("w", C, 40)],
+        {"w": 0},
+    ),
+    Case(
+        "the third succeeds only because the first did",
+        {"w": 0, "v": 5},
+        [deposit("w", A, 70), withdraw("v", B, 5), withdraw("w", C, 70)],
+        {"w": 0, "v": 0},
+    ),
+    Case(
+        "wallets do not share their money",
+        {"w": 100, "v": 10},
+        [withdraw("v", A, 11, "WA402"), deposit("v", B, 1), withdraw("w", C, 1), withdraw("v", D, 11)],
+        {"w": 99, "v": 0},
+    ),
+    Case(
+        "names that differ in case are two wallets",
+        {"wallet_A-1": 1, "wallet_a-1": 2},
+        [withdraw("wallet_A-1", A, 2, "WA402"), withdraw("wallet_a-1", B, 2)],
+        {"wallet_A-1": 1, "wallet_a-1": 0},
+    ),
+    # The same operation_uuid again
+    Case("a repeat changes nothing", {"w": 0}, [deposit("w", A, 50), deposit("w", A, 50, "WA409")], {"w": 50}),
+    Case(
+        "a repeat after another operation changes nothing",
+        {"w": 100},
+        [withdraw("w", A, 10), withdraw("w", B, 10), withdraw("w", A, 10, "WA409")],
+        {"w": 80},
+    ),
+    Case(
+        "a repeat with another amount is a duplicate",
+        {"w": 100},
+        [withdraw("w", A, 10), withdraw("w", A, 20, "WA409")],
+        {"w": 90},
+    ),
+    Case(
+        "a repeat of another type is a duplicate",
+        {"w": 100},
+        [withdraw("w", A, 10), deposit("w", A, 10, "WA409")],
+        {"w": 90},
+    ),
+    Case(
+        "a repeat that names another wallet is a duplicate",
+        {"w": 100, "v": 100},
+        [withdraw("w", A, 10), withdraw("v", A, 10, "WA409"), deposit("v", A, 5, "WA409")],
+        {"w": 90, "v": 100},
+    ),
+    Case(
+        "a repeated withdrawal that emptied the wallet exists",
+        {"w": 100},
+        [withdraw("w", A, 100), withdraw("w", A, 100, "WA409"), withdraw("w", B, 100, "WA402")],
+        {"w": 0},
+    ),
+    Case(
+        "a duplicate on a wallet without the money exists",
+        {"w": 100, "v": 0},
+        [withdraw("w", A, 100), withdraw("v", A, 100, "WA409"), withdraw("v", B, 100, "WA402")],
+        {"w": 0, "v": 0},
+    ),
+    Case(
+        "a refused operation may be tried again and succeed",
+        {"w": 0},
+        [withdraw("w", A, 10, "WA402"), deposit("w", B, 10), withdraw("w", A, 10), withdraw("w", A, 10, "WA409")],
+        {"w": 0},
+    ),
+    Case(
+        "an operation refused on one wallet may succeed on another",
+        {"w": 0, "v": 10},
+        [withdraw("w", A, 10, "WA402"), withdraw("v", A, 10), deposit("w", A, 10, "WA409")],
+        {"w": 0, "v": 0},
+    ),
+    Case(
+        "an operation refused for its amount may succeed with another",
+        {"w": 0},
+        [deposit("w", A, 0, "WA400"), deposit("w", A, 1)],
+        {"w": 1},
+    ),
+    # The balance's range
+    Case("a balance may reach the largest", {"w": MAX - 1}, [deposit("w", A, 1)], {"w": MAX}),
+    Case("a balance never passes the largest", {"w": MAX}, [deposit("w", A, 1, "WA416")], {"w": MAX}),
+    Case("the largest amount moves in and out", {"w": 0}, [deposit("w", A, MAX), withdraw("w", B, MAX)], {"w": 0}),
+    Case(
+        "the largest amount passes the largest balance",
+        {"w": 1},
+        [deposit("w", A, MAX, "WA416"), withdraw("w", B, 1), deposit("w", A, MAX)],
+        {"w": MAX},
+    ),
+    Case(
+        "a repeated deposit that would pass the largest exists",
+        {"w": 0, "v": MAX},
+        [deposit("w", A, MAX), deposit("w", A, MAX, "WA409"), deposit("v", A, MAX, "WA409")],
+        {"w": MAX, "v": MAX},
+    ),
+    # What no wallet can accept
+    Case("a missing wallet is not found", {"w": 5}, [deposit("nobody", A, 5, "WA404"), deposit("w", A, 5)], {"w": 10}),
+    Case(
+        "a missing wallet goes before a duplicate",
+        {"w": 0},
+        [deposit("w", A, 5), deposit("nobody", A, 5, "WA404")],
+        {"w": 5},
+    ),
+    Case("a name with a space is refused", {"w": 0}, [deposit("a b", A, 5, "WA400")], {"w": 0}),
+    Case("a name of 65 characters is refused", {"w": 0}, [deposit("w" * 65, A, 5, "WA400")], {"w": 0}),
+    Case("a name of 64 characters is good", {"w" * 64: 0}, [deposit("w" * 64, A, 5)], {"w" * 64: 5}),
+    Case("a name outside of ASCII is refused", {"w": 0}, [deposit("wället", A, 5, "WA400")], {"w": 0}),
+    Case("an emoji is no name", {"w": 0}, [deposit("\N{MONEY BAG}", A, 5, "WA400")], {"w": 0}),
+    Case("a name that ends in a newline is refused", {"w": 0}, [deposit("w\n", A, 5, "WA400")], {"w": 0}),
+    Case(
+        "a bad name goes before a duplicate",
+        {"w": 0},
+        [deposit("w", A, 5), deposit("a b", A, 5, "WA400")],
+        {"w": 5},
+    ),
+    Case("the nil UUID names no operation", {"w": 0}, [deposit("w", NIL, 5, "WA400")], {"w": 0}),
+    Case("an amount of 0 is refused", {"w": 5}, [deposit("w", A, 0, "WA400"), withdraw("w", B, 0, "WA400")], {"w": 5}),
+    Case(
+        "a negative amount is refused",
+        {"w": 5},
+        [deposit("w", A, -1, "WA400"), withdraw("w", B, -1, "WA400"), withdraw("w", C, -MAX - 1, "WA400")],
+        {"w": 5},
+    ),
+    Case("an unknown type is refused", {"w": 5}, [Request("w", A, "TRANSFER", 5, "WA400")], {"w": 5}),
+    Case("an empty type is refused", {"w": 5}, [Request("w", A, "", 5, "WA400")], {"w": 5}),
+    Case(
+        "a type in lower case is refused",
+        {"w": 5},
+        [Request("w", A, "deposit", 5, "WA400"), Request("w", B, "Withdraw", 5, "WA400")],
+        {"w": 5},
+    ),
+    Case(
+        "a bad argument goes before a missing wallet",
+        {"w": 0},
+        [
+            deposit("nobody", A, 0, "WA400"),
+            deposit("nobody", NIL, 5, "WA400"),
+            Request("nobody", A, "deposit", 5, "WA400"),
+        ],
+        {"w": 0},
+    ),
+    Case(
+        "a bad argument goes before a duplicate",
+        {"w": 5},
+        [deposit("w", A, 5), deposit("w", A, 0, "WA400"), Request("w", A, "deposit", 5, "WA400")],
+        {"w": 10},
+    ),
+    Case(
+        "a bad argument goes before the lack of money",
+        {"w": 0},
+        [withdraw("w", NIL, 5, "WA400"), withdraw("w", A, 5, "WA402")],
+        {"w": 0},
+    ),
+]

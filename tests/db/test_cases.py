@@ -1,0 +1,51 @@
+"""The table of cases over SQL: one by one, as one batch, and as two."""
+
+import psycopg
+import pytest
+
+from tests.cases import CASES, MESSAGES, Case
+from tests.db.door import apply, apply_all, balances, call, create
+
+each_case = pytest.mark.parametrize("case", CASES, ids=[case.name.replace(" ", "_") for case in CASES])
+
+
+@each_case
+def test_one_by_one(case: Case, service: psycopg.Connection) -> None:
+    create(service, case.wallets)
+
+    for request in case.requests:
+        if request.outcome is None:
+            row = apply(service, request)
+            assert row[:3] == (request.wallet, request.type, request.operation)
+            assert row.amount == request.amount
+            assert {request.wallet: row.balance_after} == balances(service, [request.wallet])
+        else:
+            with pytest.raises(psycopg.Error) as refused:
+                apply(service, request)
+            assert refused.value.sqlstate == request.outcome
+            if request.outcome in MESSAGES:
+                assert refused.value.diag.message_primary == MESSAGES[request.outcome]
+
+    assert balances(service, case.wallets) == case.balances
+    assert call(service, "verify") == []
+
+
+@pytest.mark.parametrize("first", [0, 1, 2], ids=["as_one_batch", "after_a_batch_of_one", "after_a_batch_of_two"])
+@each_case
+def test_in_batches(case: Case, first: int, service: psycopg.Connection) -> None:
+    create(service, case.wallets)
+
+    rows = apply_all(service, case.requests[:first]) + apply_all(service, case.requests[first:])
+
+    assert [row.sqlstate for row in rows] == [request.outcome for request in case.requests]
+    for row, request in zip(rows, case.requests, strict=True):
+        if request.outcome is None:
+            assert row.message is None
+            assert row[3:6] == (request.wallet, request.type, request.operation)
+            assert row.amount == request.amount
+        elif request.outcome in MESSAGES:
+            assert row.message == MESSAGES[request.outcome]
+        else:
+            assert row.message
+    assert balances(service, case.wallets) == case.balances
+    assert call(service, "verify") == []

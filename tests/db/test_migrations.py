@@ -1,0 +1,284 @@
+"""What `dbmate` makes of an empty database, and what it leaves when it takes it back."""
+
+import os
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psycopg
+import pytest
+
+from app.embedded import BINARIES, Postgres
+from app.settings import CHECKOUT
+from tests.cases import A, B, C, deposit, withdraw
+from tests.conftest import url_of
+from tests.db.door import apply, balances, call, create
+
+DBMATE = Path(sys.executable).parent / "dbmate"
+FUNCTIONS = sorted((CHECKOUT / "db" / "functions").glob("*.sql"))
+MIGRATIONS = sorted((CHECKOUT / "db" / "migrations").glob("*.sql"))
+DEMONSTRATION = {digit * 10: 1500 for digit in "12345"}
+
+FORMS = {
+    "migrate": ["migrate"],
+    "rollback": ["rollback"],
+    "testdata migrate": ["-d", "db/testdata", "--migrations-table", "wallet_testdata_migrations", "migrate"],
+    "testdata rollback": ["-d", "db/testdata", "--migrations-table", "wallet_testdata_migrations", "rollback"],
+}
+"""The commands as the README gives them."""
+
+CATALOGUE = {
+    "functions": """
+        select oid::regprocedure::text, pg_get_functiondef(oid), pg_get_userbyid(proowner)::text,
+          array(select unnest(proacl)::text order by 1), obj_description(oid, 'pg_proc')
+        from pg_proc where pronamespace = 'wallet'::regnamespace order by 1""",
+    "tables": """
+        select oid::regclass::text, relkind::text, reloptions, pg_get_userbyid(relowner)::text,
+          array(select unnest(relacl)::text order by 1), obj_description(oid, 'pg_class')
+        from pg_class where relnamespace = 'wallet'::regnamespace order by 1""",
+    "columns": """
+        select attrelid::regclass::text, attname, format_type(atttypid, atttypmod), attnotnull, attcollation::int8,
+          attidentity::text, col_description(attrelid, attnum)
+        from pg_attribute where attrelid::regclass::text like 'wallet.%' and attnum > 0
+        order by attrelid::regclass::text, attnum""",
+    "constraints": """
+        select conrelid::regclass::text, conname, pg_get_constraintdef(oid)
+        from pg_constraint where connamespace = 'wallet'::regnamespace order by 1, 2""",
+    "schema": """
+        select pg_get_userbyid(nspowner)::text, array(select unnest(nspacl)::text order by 1),
+          obj_description(oid, 'pg_namespace')
+        from pg_namespace where nspname = 'wallet'""",
+}
+
+
+def catalogue(connection: psycopg.Connection) -> dict[str, list[Any]]:
+    """Return all there is to know about schema wallet."""
+    return {name: connection.execute(query).fetchall() for name, query in CATALOGUE.items()}
+
+
+def dbmate(url: str, form: str, *options: str) -> None:
+    """Run a command of the README on the database of this URL."""
+    subprocess.run(
+        [DBMATE, "--env-file", "dbmate.env", *options, *FORMS[form]],
+        cwd=CHECKOUT,
+        env={**os.environ, "DATABASE_URL": url},
+        check=True,
+        capture_output=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def bare_server(server: SimpleNamespace) -> Iterator[Postgres]:
+    """A PostgreSQL where the roles do not exist yet, with `deployer`: no superuser, but CREATEROLE."""
+    postgres = Postgres(server.postgres.home / "bare", "fsync=off", binaries=server.postgres.binaries)
+    postgres.start()
+    with psycopg.connect(postgres.url("postgres", "postgres"), autocommit=True) as connection:
+        connection.execute("create role deployer login createrole")
+    yield postgres
+    postgres.stop()
+
+
+@pytest.fixture
+def empty_database(bare_server: Postgres) -> Iterator[Callable[[], str]]:
+    """Makes empty databases that belong to `deployer`, and drops them with all roles that were made meanwhile."""
+    names: list[str] = []
+    with psycopg.connect(bare_server.url("postgres", "postgres"), autocommit=True) as admin:
+
+        def make() -> str:
+            names.append(f"empty{len(names)}")
+            admin.execute(f"create database {names[-1]} owner deployer")
+            return bare_server.url("deployer", names[-1])
+
+        yield make
+        for name in names:
+            admin.execute(f"drop database {name}")
+        for (role,) in admin.execute("select rolname from pg_roles where rolname like 'wallet\\_%'").fetchall():
+            admin.execute(f"drop role {role}")
+
+
+@pytest.fixture
+def deployed(superuser: psycopg.Connection) -> str:
+    """The URI of this test's migrated database for the superuser who migrated it."""
+    return url_of(superuser, "postgres")
+
+
+# The schema
+
+
+def test_a_user_with_createrole_migrates_whether_the_roles_exist_or_not(empty_database: Callable[[], str]) -> None:
+    with psycopg.connect(first := empty_database(), autocommit=True) as connection:
+        assert connection.execute("select from pg_roles where rolname like 'wallet\\_%'").fetchall() == []
+        dbmate(first, "migrate")
+        without_roles = catalogue(connection)
+        roles = "select rolname, rolcanlogin or rolsuper from pg_roles where rolname like 'wallet\\_%' order by 1"
+        assert connection.execute(roles).fetchall() == [
+            ("wallet_app", False),
+            ("wallet_owner", False),
+            ("wallet_reader", False),
+        ]
+    with psycopg.connect(second := empty_database(), autocommit=True) as connection:
+        dbmate(second, "migrate")
+        assert catalogue(connection) == without_roles
+
+
+def test_a_user_without_createrole_migrates_once_the_roles_are_there(
+    empty_database: Callable[[], str], bare_server: Postgres
+) -> None:
+    url = empty_database()
+    with psycopg.connect(bare_server.url("postgres", "postgres"), autocommit=True) as admin:
+        admin.execute("create role wallet_owner role deployer")
+        admin.execute("create role wallet_app")
+        admin.execute("create role wallet_reader")
+        admin.execute("alter role deployer nocreaterole")
+        try:
+            dbmate(url, "migrate")
+        finally:
+            admin.execute("alter role deployer createrole")
+    with psycopg.connect(url) as connection:
+        assert len(catalogue(connection)["functions"]) == len(FUNCTIONS)
+
+
+def test_the_migrated_functions_and_grants_are_those_of_their_files(
+    superuser: psycopg.Connection, empty_database: Callable[[], str], bare_server: Postgres
+) -> None:
+    url = empty_database()
+    with psycopg.connect(url) as connection:
+        connection.execute(MIGRATIONS[0].read_text().partition("-- migrate:down")[0])
+        connection.execute("set local role wallet_owner")
+        for path in [*FUNCTIONS, CHECKOUT / "db" / "grants.sql"]:
+            connection.execute(path.read_text())
+        from_files = catalogue(connection)
+
+    assert catalogue(superuser) == from_files
+
+
+def test_there_is_one_function_for_each_file(superuser: psycopg.Connection) -> None:
+    names = superuser.execute(
+        "select proname from pg_proc where pronamespace = 'wallet'::regnamespace order by 1"
+    ).fetchall()
+    assert [name for (name,) in names] == [path.stem for path in FUNCTIONS]
+
+
+def test_the_committed_migration_is_the_generated_one() -> None:
+    generated = runpy.run_path(str(CHECKOUT / "db" / "generate.py"))
+    assert generated["MIGRATION"].read_text() == generated["migration"]()
+
+
+def test_rolling_back_leaves_only_the_roles_and_migrating_again_works(empty_database: Callable[[], str]) -> None:
+    url = empty_database()
+    with psycopg.connect(url, autocommit=True) as connection:
+        dbmate(url, "migrate")
+        migrated = catalogue(connection)
+        for command in ("testdata migrate", "testdata rollback"):
+            dbmate(url, command)
+        for _ in MIGRATIONS:
+            dbmate(url, "rollback")
+
+        left = connection.execute("""
+            select relnamespace::regnamespace::text, relname from pg_class
+            where relkind in ('r', 'S', 'v') and relnamespace::regnamespace::text !~ '^(pg_|information_schema)'
+            union all select 'schema', nspname from pg_namespace where nspname !~ '^(pg_|information_schema$)'
+            union all select 'function', proname from pg_proc where oid >= 16384
+            union all select 'kept by', refobjid::regrole::text from pg_shdepend
+            where dbid = (select oid from pg_database where datname = current_database())
+              and refobjid::regrole::text like 'wallet\\_%' order by 1, 2""").fetchall()
+        assert left == [
+            ("public", "schema_migrations"),
+            ("public", "wallet_testdata_migrations"),
+            ("schema", "public"),
+        ]
+        assert connection.execute("table schema_migrations union all table wallet_testdata_migrations").fetchall() == []
+
+        dbmate(url, "migrate")
+        assert catalogue(connection) == migrated
+
+
+def test_a_failed_migration_leaves_nothing(empty_database: Callable[[], str]) -> None:
+    url = empty_database()
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute("create schema wallet")
+        with pytest.raises(subprocess.CalledProcessError):
+            dbmate(url, "migrate")
+        assert connection.execute("select from pg_roles where rolname like 'wallet\\_%'").fetchall() == []
+
+
+def test_four_deployments_at_once_migrate_once(empty_database: Callable[[], str]) -> None:
+    url = empty_database()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: dbmate(url, "migrate", "--migration-lock"), range(4)))
+    with psycopg.connect(url) as connection:
+        assert len(catalogue(connection)["functions"]) == len(FUNCTIONS)
+
+
+def test_four_databases_of_one_cluster_may_be_migrated_at_once(empty_database: Callable[[], str]) -> None:
+    urls = [empty_database() for _ in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda url: dbmate(url, "migrate"), urls))
+
+
+def test_the_dumped_schema_is_the_committed_one(deployed: str, superuser: psycopg.Connection, tmp_path: Path) -> None:
+    if superuser.info.server_version // 10000 != 18:
+        pytest.skip("db/schema.sql is what pg_dump 18 makes of PostgreSQL 18")
+    dumped = tmp_path / "schema.sql"
+    subprocess.run(
+        [DBMATE, "--env-file", "dbmate.env", "--schema-file", dumped, "dump"],
+        cwd=CHECKOUT,
+        env={**os.environ, "DATABASE_URL": deployed, "PATH": f"{BINARIES}:{os.environ['PATH']}"},
+        check=True,
+        capture_output=True,
+    )
+
+    def content(path: Path) -> list[str]:
+        return [line for line in path.read_text().splitlines() if not line.startswith("-- Dumped")]
+
+    assert content(dumped) == content(CHECKOUT / "db" / "schema.sql")
+
+
+# The demonstration wallets
+
+
+def test_the_demonstration_wallets_are_deposits_like_any_other(deployed: str, superuser: psycopg.Connection) -> None:
+    dbmate(deployed, "testdata migrate")
+    wallets = superuser.execute("select uuid, id, balance, seq from wallet.wallet order by id").fetchall()
+    assert wallets == [(digit * 10, int(digit), 1500, 1) for digit in "12345"]
+    assert call(superuser, "verify") == []
+
+
+def test_rolling_back_the_demonstration_takes_exactly_its_wallets_whatever_happened_to_them(
+    deployed: str, service: psycopg.Connection
+) -> None:
+    create(service, {"before": 10})
+    dbmate(deployed, "testdata migrate")
+    create(service, {"after": 20})
+    apply(service, withdraw("1111111111", A, 1500))
+    apply(service, deposit("2222222222", B, 7))
+    apply(service, withdraw("before", C, 10))
+
+    dbmate(deployed, "testdata rollback")
+
+    for wallet in DEMONSTRATION:
+        with pytest.raises(psycopg.Error) as missing:
+            call(service, "get_wallet", wallet)
+        assert missing.value.sqlstate == "WA404"
+    assert balances(service, ["before", "after"]) == {"before": 0, "after": 20}
+    assert call(service, "verify") == []
+    assert call(service, "create_wallet", "next")[0].id == call(service, "get_wallet", "after")[0].id + 1
+
+
+def test_a_demonstration_that_was_rolled_back_comes_again_as_it_was(
+    deployed: str, service: psycopg.Connection, superuser: psycopg.Connection
+) -> None:
+    dbmate(deployed, "testdata migrate")
+    apply(service, withdraw("1111111111", A, 1500))
+    dbmate(deployed, "testdata rollback")
+    emptied = "select (select count(*) from wallet.wallet), (select count(*) from wallet.operation)"
+    assert superuser.execute(emptied).fetchall() == [(0, 0)]
+
+    dbmate(deployed, "testdata migrate")
+    assert balances(service, DEMONSTRATION) == DEMONSTRATION
+    assert [call(service, "get_wallet", wallet)[0].id for wallet in DEMONSTRATION] == [1, 2, 3, 4, 5]

@@ -1,0 +1,230 @@
+"""Who may do what, tried: become the role, do the forbidden thing, expect the refusal."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import psycopg
+import pytest
+from psycopg import sql
+
+from tests.cases import MESSAGES, A, B, deposit, withdraw
+from tests.conftest import url_of
+from tests.db.door import apply, apply_all, balances, call, create, outcome
+
+INLINED = {"name_fault", "argument_fault", "funds_fault", "fault_message"}
+"""Not security definer and not pinned: such a function could not be inlined into its callers, which are both."""
+
+INTERNAL = [
+    "select wallet.name_fault('w')",
+    "select wallet.argument_fault(gen_random_uuid(), 'DEPOSIT', 1)",
+    "select wallet.funds_fault('DEPOSIT', 1, 1)",
+    "select wallet.fault_message('WA404')",
+    "select wallet.raise_wallet_not_found('w')",
+]
+READING = [
+    "select wallet.get_wallet('w')",
+    "select wallet.get_operation('w', 'aaaaaaaa-0000-4000-8000-000000000000')",
+    "select wallet.list_operations('w')",
+    "select wallet.verify()",
+]
+WRITING = [
+    "select wallet.create_wallet()",
+    "select wallet.apply_operation('w', gen_random_uuid(), 'DEPOSIT', 1)",
+    "select wallet.apply_operations('{w}', array[gen_random_uuid()], '{DEPOSIT}', '{1}')",
+]
+SELECTS = ["select from wallet.wallet", "select from wallet.operation"]
+TAMPERING = [
+    "insert into wallet.wallet (uuid) values ('forged')",
+    "insert into wallet.operation values ('w', 'DEPOSIT', gen_random_uuid(), 2, 1, 101)",
+    "update wallet.wallet set balance = 1000000",
+    "update wallet.operation set amount = 1000000",
+    "delete from wallet.wallet",
+    "delete from wallet.operation",
+    "truncate wallet.wallet",
+    "truncate wallet.operation",
+    "do 'begin lock table wallet.wallet; end'",
+    "select from wallet.wallet for update",
+    "select nextval('wallet.wallet_id_seq')",
+    "select setval('wallet.wallet_id_seq', 1)",
+    "copy wallet.wallet (uuid) from stdin",
+    "alter table wallet.operation drop constraint operation_operation_uuid_key",
+    "drop table wallet.operation",
+    "drop function wallet.verify()",
+    "drop schema wallet cascade",
+    "create table wallet.mine ()",
+    "create function wallet.verify(int) returns int language sql as 'select 1'",
+    "alter function wallet.verify() security invoker",
+    "create or replace function wallet.fault_message(p_sqlstate text) returns text language sql as 'select null'",
+    "alter table wallet.operation owner to current_user",
+]
+BECOMING_THE_OWNER = ["set role wallet_owner", "set session authorization wallet_owner"]
+
+
+@pytest.fixture
+def report(superuser: psycopg.Connection) -> Iterator[psycopg.Connection]:
+    """A connection of a login that is only a member of wallet_reader."""
+    with psycopg.connect(url_of(superuser, "report"), autocommit=True) as connection:
+        yield connection
+
+
+@pytest.fixture(autouse=True)
+def ledger(service: psycopg.Connection) -> None:
+    create(service, {"w": 0})
+    apply(service, deposit("w", A, 100))
+
+
+def forbidden(connection: psycopg.Connection, statements: list[str]) -> list[str]:
+    """Try each statement and return those that are refused for want of a privilege."""
+    refused = []
+    for statement in statements:
+        try:
+            with connection.transaction():
+                connection.execute(statement)
+        except psycopg.errors.InsufficientPrivilege:
+            refused.append(statement)
+    return refused
+
+
+def test_the_service_touches_no_table_and_nothing_internal(service: psycopg.Connection) -> None:
+    statements = SELECTS + TAMPERING + INTERNAL + BECOMING_THE_OWNER
+    assert forbidden(service, statements) == statements
+    assert call(service, "verify") == []
+
+
+def test_the_service_may_call_every_public_function(service: psycopg.Connection) -> None:
+    assert forbidden(service, READING + WRITING) == []
+
+
+def test_a_reader_changes_nothing(report: psycopg.Connection) -> None:
+    statements = TAMPERING + INTERNAL + WRITING + BECOMING_THE_OWNER
+    assert forbidden(report, statements) == statements
+    assert balances(report, ["w"]) == {"w": 100}
+
+
+def test_a_reader_may_read(report: psycopg.Connection) -> None:
+    assert forbidden(report, SELECTS + READING) == []
+
+
+def test_anybody_else_may_do_nothing(superuser: psycopg.Connection) -> None:
+    statements = SELECTS + TAMPERING + INTERNAL + READING + WRITING
+    with superuser.transaction(force_rollback=True):
+        superuser.execute("create role passer_by")
+        superuser.execute("set local role passer_by")
+        assert forbidden(superuser, statements) == statements
+
+
+# What stands in the catalogue
+
+
+@pytest.fixture
+def listed(superuser: psycopg.Connection) -> Callable[[str], list[object]]:
+    """Returns the first column of a query over the catalogue."""
+    return lambda query: [row[0] for row in superuser.execute(query).fetchall()]
+
+
+def test_everything_belongs_to_the_owner(listed: Callable[[str], list[object]]) -> None:
+    owners = """
+        select pg_get_userbyid(proowner)::text from pg_proc where pronamespace = 'wallet'::regnamespace
+        union select pg_get_userbyid(relowner) from pg_class where relnamespace = 'wallet'::regnamespace
+        union select pg_get_userbyid(typowner) from pg_type where typnamespace = 'wallet'::regnamespace
+        union select pg_get_userbyid(nspowner) from pg_namespace where nspname = 'wallet'"""
+    assert listed(owners) == ["wallet_owner"]
+
+
+def test_the_owner_cannot_log_in_and_nobody_is_a_member_of_more_than_one_role(
+    listed: Callable[[str], list[object]],
+) -> None:
+    assert listed("select rolname from pg_roles where rolname like 'wallet\\_%' and rolcanlogin") == ["wallet_service"]
+    members = (
+        "select member::regrole::text from pg_auth_members where roleid::regrole::text like 'wallet\\_%' order by 1"
+    )
+    assert listed(members) == ["report", "wallet_service"]
+
+
+def test_nothing_is_granted_to_public(listed: Callable[[str], list[object]]) -> None:
+    granted = """
+        select o.name from (
+          select oid::regprocedure::text, coalesce(proacl, acldefault('f', proowner))
+          from pg_proc where pronamespace = 'wallet'::regnamespace
+          union all select oid::regclass::text, coalesce(relacl, acldefault('r', relowner))
+          from pg_class where relnamespace = 'wallet'::regnamespace
+          union all select nspname, coalesce(nspacl, acldefault('n', nspowner))
+          from pg_namespace where nspname = 'wallet'
+        ) as o (name, acl), aclexplode(o.acl) as a where a.grantee = 0"""
+    assert listed(granted) == []
+
+
+def test_nobody_but_the_owner_may_change_a_table(superuser: psycopg.Connection) -> None:
+    privileges = superuser.execute("""
+        select distinct c.relname::text, a.grantee::regrole::text, a.privilege_type
+        from pg_class as c, aclexplode(c.relacl) as a
+        where c.relnamespace = 'wallet'::regnamespace and a.grantee <> c.relowner order by 1, 2, 3""").fetchall()
+    assert privileges == [("operation", "wallet_reader", "SELECT"), ("wallet", "wallet_reader", "SELECT")]
+
+
+def test_functions_run_as_the_owner_with_a_pinned_search_path(listed: Callable[[str], list[object]]) -> None:
+    unpinned = """
+        select proname from pg_proc where pronamespace = 'wallet'::regnamespace
+        and not (prosecdef and coalesce(proconfig @> array['search_path=pg_catalog, pg_temp'], false))"""
+    assert set(listed(unpinned)) == INLINED
+
+
+def test_everything_has_a_comment(listed: Callable[[str], list[object]]) -> None:
+    silent = """
+        select oid::regprocedure::text from pg_proc
+        where pronamespace = 'wallet'::regnamespace and obj_description(oid, 'pg_proc') is null
+        union all select oid::regclass::text from pg_class
+        where relnamespace = 'wallet'::regnamespace and relkind = 'r' and obj_description(oid, 'pg_class') is null
+        union all select attrelid::regclass || '.' || attname from pg_attribute
+        where attrelid in (select oid from pg_class where relnamespace = 'wallet'::regnamespace and relkind = 'r')
+        and attnum > 0 and not attisdropped and col_description(attrelid, attnum) is null
+        union all select nspname from pg_namespace
+        where nspname = 'wallet' and obj_description(oid, 'pg_namespace') is null"""
+    assert listed(silent) == []
+
+
+# What a caller brings along
+
+
+def test_objects_of_the_caller_do_not_stand_in_for_the_real_ones(
+    service: psycopg.Connection, superuser: psycopg.Connection
+) -> None:
+    superuser.execute("create schema trap authorization wallet_service")
+    service.execute("grant usage on schema trap to public")
+    for name in ("wallet", "operation"):
+        service.execute(sql.SQL("create temporary table {} (like pg_class)").format(sql.Identifier(name)))
+    service.execute("create temporary table unnest (n int)")
+    for schema in ("pg_temp", "trap"):
+        for function in ("cardinality(anyarray)", "array_ndims(anyarray)"):
+            service.execute(f"create function {schema}.{function} returns int language sql as 'select 0'")
+        service.execute(f"create function {schema}.gen_random_uuid() returns uuid language sql as 'select null::uuid'")
+        service.execute(f"create function {schema}.more(bigint, bigint) returns bool language sql as 'select false'")
+        service.execute(f"create operator {schema}.> (function = {schema}.more, leftarg = bigint, rightarg = bigint)")
+    service.execute("set search_path = pg_temp, trap, pg_catalog")
+    service.execute("set enable_indexscan = off")
+
+    assert outcome(service, withdraw("w", B, 101)) == "WA402"
+    assert [row.sqlstate for row in apply_all(service, [withdraw("w", B, 101), withdraw("w", B, 100)])] == [
+        "WA402",
+        None,
+    ]
+    assert len(call(service, "create_wallet")[0].uuid) == 36
+    assert [operation.seq for operation in call(service, "list_operations", "w")] == [2, 1]
+    assert call(service, "verify") == []
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["client_min_messages = error", "datestyle = 'ISO, DMY'", "intervalstyle = 'iso_8601'"],
+        ["array_nulls = off", "bytea_output = escape", "transform_null_equals = on", "row_security = off"],
+        ["plan_cache_mode = force_custom_plan", "enable_hashjoin = off", "enable_hashagg = off", "enable_sort = off"],
+        ["standard_conforming_strings = off", "client_encoding = 'LATIN1'", "timezone = 'Pacific/Kiritimati'"],
+    ],
+)
+def test_settings_of_the_caller_change_no_outcome(settings: Sequence[str], service: psycopg.Connection) -> None:
+    for setting in settings:
+        service.execute(f"set {setting}")
+    requests = [withdraw("w", B, 60), withdraw("w", B, 60), withdraw("w", A, 60), deposit("nobody", A, 1)]
+    refused = [row[1:3] for row in apply_all(service, requests)]
+    assert refused == [(code, MESSAGES.get(code or "")) for code in (None, "WA409", "WA409", "WA404")]
+    assert call(service, "verify") == []
