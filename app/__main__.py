@@ -6,9 +6,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 
-from app import embedded, settings, supervisor
-from app.migrations import LOGIN
+from app import embedded, settings
 
 USAGE = "usage: python -m app [psql [argument ...]]"
 
@@ -18,7 +18,7 @@ def main(arguments: list[str]) -> int:
     try:
         match arguments:
             case []:
-                supervisor.serve(settings.from_environment())
+                serve(settings.from_environment())
                 return 0
             case ["psql", *rest]:
                 return psql(settings.from_environment(), rest)
@@ -34,8 +34,22 @@ def main(arguments: list[str]) -> int:
         return 130
 
 
+def serve(configured: settings.Settings) -> None:
+    """Serve until told to stop. Several workers share their metrics in a folder that must be there before all imports."""
+    with contextlib.ExitStack() as stack:
+        if configured.workers > 1:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="wallet-metrics-"))
+            os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
+        from app import supervisor
+
+        supervisor.serve(configured)
+
+
 def psql(configured: settings.Settings, arguments: list[str]) -> int:
     """Run psql on the service's database, as the role that the service logs in as; `-U postgres` for the superuser."""
+    from app.migrations import LOGIN
+    from app.supervisor import start_embedded
+
     if configured.database_url is not None:
         program = shutil.which("psql") or str(embedded.BINARIES / "psql")
         return subprocess.call([program, "--dbname", configured.database_url, *arguments])
@@ -44,7 +58,7 @@ def psql(configured: settings.Settings, arguments: list[str]) -> int:
         if running is None:
             postgres = embedded.Postgres(configured.wallet_data_dir)
             stack.callback(postgres.stop)
-            supervisor.start_embedded(postgres, configured)
+            start_embedded(postgres, configured)
             running = embedded.running_server(configured.wallet_data_dir)
         assert running is not None
         connection = {"PGHOST": running[1], "PGPORT": "5432", "PGUSER": LOGIN, "PGDATABASE": "wallet"}

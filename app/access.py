@@ -21,7 +21,7 @@ _GOOD_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 
 @web.middleware
 async def access(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Take the request's id from X-Request-ID, or make one, and repeat it in the answer; log and measure the request."""
+    """Take the request's id from X-Request-ID or make one, and repeat it in the answer; log and measure the request."""
     started = time.perf_counter()
     given = request.headers.get("X-Request-ID", "")
     request_id = given if _GOOD_ID.fullmatch(given) else f"{random.getrandbits(64):016x}"

@@ -5,7 +5,8 @@ import asyncio
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from app import database, handlers, lanes
+from app import database, docs, handlers, lanes, metrics
+from app.access import access, access_log
 from app.database import SETTINGS
 from app.problems import problems
 from app.settings import Settings
@@ -13,11 +14,13 @@ from app.settings import Settings
 
 def make_app(settings: Settings) -> web.Application:
     """Return the application; `settings.database_url` names the database."""
-    app = web.Application(middlewares=[problems, deadline])
+    app = web.Application(middlewares=[access, problems, deadline])
     app[SETTINGS] = settings
-    app.cleanup_ctx.extend([database.pool, lanes.lanes])
+    app.cleanup_ctx.extend([access_log, database.pool, lanes.lanes])
     app.router.add_routes(
         [
+            *docs.routes(),
+            web.get("/metrics", metrics.metrics),
             web.post("/api/v1/wallets", handlers.create_wallet),
             web.get("/api/v1/wallets/{wallet_uuid}", handlers.get_wallet),
             web.post("/api/v1/wallets/{wallet_uuid}/operation", handlers.apply_operation),

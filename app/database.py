@@ -12,6 +12,7 @@ import asyncpg
 from aiohttp import web
 
 from app.messages import Operation, Wallet
+from app.metrics import POOL_IN_USE
 from app.problems import Refusal
 from app.settings import Settings, StartupError
 
@@ -59,6 +60,7 @@ class Pool:
             while self._idle and self._idle[-1].is_closed():
                 self._idle.pop()
             connection = self._idle.pop() if self._idle else await connect(self._url)
+            POOL_IN_USE.inc()
             try:
                 yield connection
             except BaseException as error:
@@ -66,6 +68,7 @@ class Pool:
                     connection.terminate()
                 raise
             finally:
+                POOL_IN_USE.dec()
                 if not connection.is_closed():
                     self._idle.append(connection)
 

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Sequence
 from datetime import datetime
 from typing import Any, NamedTuple
@@ -20,7 +20,8 @@ from aiohttp import web
 
 from app.database import SETTINGS, connect, session_survives
 from app.messages import Operation
-from app.problems import Problem, Refusal
+from app.metrics import BATCH_SIZE, CALLS_IN_FLIGHT, LANE_WAITING, OPERATIONS, RESENDS
+from app.problems import REFUSALS, Problem, Refusal
 from app.settings import Settings
 
 BULK_LINES = 2
@@ -110,6 +111,16 @@ class Line:
 
         Tries until the database gives a definite answer: bounded by the caller's timeout, after which nothing is known.
         """
+        BATCH_SIZE.observe(len(requests))
+        CALLS_IN_FLIGHT.inc()
+        try:
+            outcomes = await self._apply(requests)
+        finally:
+            CALLS_IN_FLIGHT.dec()
+        count(requests, outcomes)
+        return outcomes
+
+    async def _apply(self, requests: Sequence[Request]) -> list[Outcome]:
         lost = False
         delay = 0.02
         while True:
@@ -122,6 +133,7 @@ class Line:
             except (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError) as error:
                 _log.warning("a call was lost and is made again: %s", type(error).__name__)
                 lost = True
+            RESENDS.inc()
             await asyncio.sleep(delay * random.uniform(0.5, 1.5))
             delay = min(delay * 2, 0.25)
         return _recognise(requests, outcomes) if lost else outcomes
@@ -175,6 +187,16 @@ class Line:
         self._connection = connection
 
 
+def count(requests: Sequence[Request], outcomes: Sequence[Outcome]) -> None:
+    """Count what was decided, by type and outcome."""
+    kinds = Counter(
+        (request.operation_type, outcome.sqlstate) for request, outcome in zip(requests, outcomes, strict=True)
+    )
+    for (operation_type, sqlstate), number in kinds.items():
+        outcome = "applied" if sqlstate is None else REFUSALS[sqlstate][1]
+        OPERATIONS.labels(operation_type, outcome).inc(number)
+
+
 def _recognise(requests: Sequence[Request], outcomes: list[Outcome]) -> list[Outcome]:
     """Turn the duplicates that an earlier, lost call of the same requests had applied into the successes that they are.
 
@@ -193,8 +215,9 @@ def _recognise(requests: Sequence[Request], outcomes: list[Outcome]) -> list[Out
 class Lane:
     """A queue of requests and the task that sends them, all that wait in one call, one call at a time."""
 
-    def __init__(self, line: Line, settings: Settings) -> None:
+    def __init__(self, line: Line, settings: Settings, number: int = 0) -> None:
         self._line = line
+        self._gauge = LANE_WAITING.labels(str(number))
         self._deadline = settings.request_deadline
         self._batch = settings.lane_batch
         self._limit = settings.lane_queue
@@ -213,7 +236,7 @@ class Lane:
     async def run(self) -> None:
         """Send what waits, for ever.
 
-        Nothing is awaited between the look at the queue and the wait for an arrival, so none can slip in between unseen.
+        Nothing is awaited between the look at the queue and the wait for an arrival, so none slips in between unseen.
         """
         while True:
             while not self._waiting:
@@ -227,6 +250,7 @@ class Lane:
             request, future = self._waiting.popleft()
             if not future.done():  # else its caller gave up before it was sent
                 batch.append((request, future))
+        self._gauge.set(len(self._waiting))
         return batch
 
     async def _send(self, batch: list[Waiting]) -> None:
@@ -292,7 +316,7 @@ async def lanes(app: web.Application) -> AsyncIterator[None]:
     settings = app[SETTINGS]
     assert settings.database_url is not None
     lines = [Line(settings.database_url) for _ in range(settings.lanes + BULK_LINES)]
-    app[LANES] = [Lane(line, settings) for line in lines[: settings.lanes]]
+    app[LANES] = [Lane(line, settings, number) for number, line in enumerate(lines[: settings.lanes])]
     app[BULK] = Bulk(lines[settings.lanes :], settings.bulk_queue)
     tasks = [asyncio.create_task(lane.run()) for lane in app[LANES]]
     yield

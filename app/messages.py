@@ -9,6 +9,7 @@ from uuid import UUID
 
 import msgspec
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from app.problems import Problem, invalid, invalid_input
 
@@ -16,7 +17,7 @@ BODY_LIMIT = 64 * 1024
 """Bytes of a request body, at most."""
 BULK_BODY_LIMIT = 4 * 1024 * 1024
 """Bytes of the body of a bulk request, at most: room for 10,000 operations with the longest names."""
-BODY_TIMEOUT = 10.0
+BODY_TIMEOUT = 5.0
 """Seconds that a client has to send its body."""
 
 MAX_INT64 = 2**63 - 1
@@ -123,12 +124,15 @@ async def read_body(request: web.Request, decoder: msgspec.json.Decoder[T], limi
         raise invalid_input("body", error) from None
     except RecursionError:
         raise invalid(["body"], "not valid JSON: nested too deeply", "json_invalid") from None
+    except UnicodeDecodeError:  # msgspec lets it through where it stands in a field's name
+        raise invalid(["body"], "not valid JSON: not valid UTF-8", "json_invalid") from None
 
 
 def read_query(query: Mapping[str, str], shape: type[T]) -> T:
-    """Decode a request's query. Raises Problem (400)."""
+    """Decode a request's query; a number is plain digits. Raises Problem (400)."""
+    values = {name: int(text) if re.fullmatch("[0-9]{1,19}", text) else text for name, text in query.items()}
     try:
-        return msgspec.convert(dict(query), shape, strict=False)
+        return msgspec.convert(values, shape)
     except msgspec.ValidationError as error:
         raise invalid_input("query", error) from None
 
@@ -175,6 +179,8 @@ async def _read(request: web.Request, limit: int) -> bytes:
                         break
                 else:
                     return bytes(body)
+    except (web.RequestPayloadError, HttpProcessingError):
+        raise invalid(["body"], "the body does not decode as its headers say") from None
     except TimeoutError:
         raise Problem(408, "request_timeout", f"The body did not arrive within {BODY_TIMEOUT:g} seconds") from None
     raise Problem(413, "body_too_large", f"A body may have {limit} bytes")

@@ -1,7 +1,7 @@
 """Prometheus metrics. Labels are few and known beforehand: route templates, never a wallet's name.
 
-With several workers, prometheus-client shares the values through files in PROMETHEUS_MULTIPROC_DIR, which the supervisor
-sets before this module is imported.
+With several workers, prometheus-client shares the values through files in PROMETHEUS_MULTIPROC_DIR, which the
+supervisor sets before this module is imported.
 """
 
 import os
@@ -28,10 +28,15 @@ REQUEST_SECONDS = Histogram(
 )
 OPERATIONS = Counter("wallet_operations", "Operations decided, by type and outcome.", ["type", "outcome"])
 LANE_WAITING = Gauge(
-    "wallet_lane_waiting", "Requests that waited in the lanes as of their last calls.", ["lane"], multiprocess_mode="livesum"
+    "wallet_lane_waiting",
+    "Requests that waited in the lanes as of their last calls.",
+    ["lane"],
+    multiprocess_mode="livesum",
 )
 BATCH_SIZE = Histogram(
-    "wallet_batch_size", "Operations that went in one call.", buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 10_000)
+    "wallet_batch_size",
+    "Operations that went in one call.",
+    buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 10_000),
 )
 CALLS_IN_FLIGHT = Gauge("wallet_calls_in_flight", "Calls under way that change wallets.", multiprocess_mode="livesum")
 RESENDS = Counter("wallet_resends", "Calls made again because an earlier one failed or was lost.")

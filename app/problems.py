@@ -111,6 +111,36 @@ def unavailable(detail: str) -> Problem:
     return Problem(503, "unavailable", detail, headers={"Retry-After": "1"})
 
 
+def answer_bad_http(
+    _self: web.RequestHandler,
+    request: web.BaseRequest,
+    status: int = 500,
+    exc: BaseException | None = None,
+    message: str | None = None,
+) -> web.StreamResponse:
+    """Answer what is not HTTP, which no middleware sees, in place of aiohttp's own plain text."""
+    if request.writer.output_size > 0:
+        raise ConnectionError("the answer has begun")
+    if status >= 500:
+        _log.error("unexpected error", exc_info=exc)
+    code = "internal_error" if status >= 500 else "invalid_request"
+    response = Problem(status, code, "Internal error" if status >= 500 else "Not a valid HTTP request").response()
+    response.force_close()
+    return response
+
+
+web.RequestHandler.handle_error = answer_bad_http  # type: ignore[method-assign, assignment]
+
+
+async def expect(request: web.Request) -> web.StreamResponse | None:
+    """Let a client that expects 100-continue go on; no other expectation can be met (RFC 9110, section 10.1.1)."""
+    if request.headers["Expect"].lower() != "100-continue":
+        return Problem(417, "expectation_failed", "Only 100-continue can be expected").response()
+    await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+    request.writer.output_size = 0
+    return None
+
+
 @web.middleware
 async def problems(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Answer whatever a handler raises as problem+json."""

@@ -36,6 +36,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Bulk requests that may wait in a worker; one more gets a 429."""
     request_deadline: float = 10.0
     """Seconds until a request that the database has not answered gets a 503."""
+    log_level: str = "INFO"
+    """DEBUG, INFO (a line a request), WARNING or ERROR."""
     shutdown_timeout: float = 30.0
     """Seconds that requests in flight have to finish once the service is told to stop."""
 
@@ -71,4 +73,7 @@ def from_environment(environment: Mapping[str, str] = os.environ) -> Settings:
         if low is not None and high is not None and not low <= value <= high:
             raise StartupError(f"{name}: must be from {low} to {high}, not {text}")
         values[field.name] = value
-    return msgspec.convert(values, Settings)
+    settings = msgspec.convert(values, Settings)
+    if settings.log_level not in ("DEBUG", "INFO", "WARNING", "ERROR"):
+        raise StartupError(f"LOG_LEVEL: must be DEBUG, INFO, WARNING or ERROR, not {settings.log_level}")
+    return settings

@@ -12,8 +12,9 @@ from multiprocessing.process import BaseProcess
 import msgspec
 import uvloop
 from aiohttp import web
+from prometheus_client.multiprocess import mark_process_dead
 
-from app import database
+from app import database, logs
 from app.application import make_app
 from app.embedded import Postgres, die_with_parent
 from app.migrations import LOGIN, bring_up_to_date
@@ -92,6 +93,8 @@ def supervise(settings: Settings, sockets: list[socket.socket], postgres: Postgr
             if not worker.is_alive():
                 print(f"Worker {worker.pid} ended with {worker.exitcode}; starting another", flush=True)
                 time.sleep(0.5)
+                if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
+                    mark_process_dead(worker.pid)
                 workers[number] = start_worker(settings, sockets[number])
 
     for listening in sockets:
@@ -118,6 +121,7 @@ def work(settings: Settings, listening: socket.socket, supervisor: int) -> None:
         return
     os.setsid()  # a Ctrl-C is for the supervisor, which then stops the workers in its turn
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+    logs.configure(settings.log_level)
     web.run_app(
         make_app(settings),
         sock=listening,

@@ -17,13 +17,20 @@ from app.migrations import LOGIN, dbmate
 from app.settings import Settings
 
 
+def open_folder(tmp_path_factory: pytest.TempPathFactory, name: str) -> Path:
+    """Make a folder whose parents everybody can enter: programs before PostgreSQL 16 leave theirs and come back."""
+    folder = tmp_path_factory.mktemp(name)
+    for parent in (folder, *folder.parents[:2]):
+        parent.chmod(0o711)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
     """A PostgreSQL server: the embedded one, or the one whose programs lie in WALLET_TEST_BINARIES."""
     binaries = Path(os.environ.get("WALLET_TEST_BINARIES", BINARIES))
-    postgres = Postgres(
-        tmp_path_factory.mktemp("server"), "fsync=off", "max_connections=300", "max_locks_per_transaction=256", binaries=binaries
-    )
+    folder = open_folder(tmp_path_factory, "server")
+    postgres = Postgres(folder, "fsync=off", "max_connections=300", "max_locks_per_transaction=256", binaries=binaries)
     postgres.start()
     with psycopg.connect(postgres.url("postgres", "postgres"), autocommit=True) as connection:
         connection.execute("create role wallet_app")

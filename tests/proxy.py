@@ -96,6 +96,7 @@ class Cut(NamedTuple):
 
     text: bytes
     point: Point
+    client_too: bool
     server_too: bool
     done: asyncio.Future[None]
 
@@ -132,14 +133,16 @@ class Proxy:
             link.cancel()
         await asyncio.gather(*self._links, return_exceptions=True)
 
-    def cut_next(self, text: bytes, point: Point, *, server_too: bool = True) -> asyncio.Future[None]:
+    def cut_next(
+        self, text: bytes, point: Point, *, client_too: bool = True, server_too: bool = True
+    ) -> asyncio.Future[None]:
         """Cut the connection of the next call about a text; the future is done when that has happened.
 
-        Each call takes one cut. Without `server_too` only the client loses its connection: the server keeps its own,
-        and whatever it says goes nowhere.
+        Each call takes one cut. Without `server_too` the server keeps its connection, and whatever it says goes
+        nowhere; without `client_too` as well, nobody is told, as when a network fails.
         """
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._cuts.append(Cut(text, point, server_too, done))
+        self._cuts.append(Cut(text, point, client_too, server_too, done))
         return done
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -235,7 +238,8 @@ class Link:
         return None
 
     def _make(self, cut: Cut) -> None:
-        self._client_writer.transport.abort()
+        if cut.client_too:
+            self._client_writer.transport.abort()
         if cut.server_too:
             self._server_writer.transport.abort()
         cut.done.set_result(None)

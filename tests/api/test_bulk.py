@@ -310,7 +310,7 @@ async def test_bulk_and_single_requests_for_one_wallet_at_once_keep_the_books(cl
             else:
                 assert result == NO_MONEY
 
-    await asyncio.gather(*(ask() for _ in range(40) for ask in (single, single, single, many)))
+    await asyncio.gather(*(ask() for _ in range(25) for ask in (single, single, single, single, many)))
 
     assert {wallet: await balance(client, wallet) for wallet in moved} == moved
 

@@ -451,6 +451,23 @@ async def test_a_request_past_its_deadline_may_be_asked_again(
     assert applied(await history(client, "v"), B) == [1]
 
 
+async def test_an_answer_that_never_comes_holds_nobody_longer_than_the_deadline(
+    client: TestClient, proxy: Proxy, superuser: psycopg.Connection, aiohttp_client: AiohttpClient
+) -> None:
+    settings = Settings(database_url=through(proxy, superuser), lanes=1, request_deadline=0.5)
+    behind = await aiohttp_client(make_app(settings))
+    cut = proxy.cut_next(CALL, Point.BEFORE_THE_ANSWER, client_too=False, server_too=False)
+
+    await problem(await withdraw(behind, "w", 100, A), 503, "unavailable")
+
+    assert cut.done()
+    async with asyncio.timeout(1):
+        while (await deposit(behind, "pilot", 1)).status == 503:
+            pass
+    assert (await problem(await withdraw(behind, "w", 100, A), 400, "duplicate_operation"))["same_request"] is True
+    assert await balance(client, "w") == 0
+
+
 async def test_a_request_that_gave_up_while_it_waited_is_not_sent(
     superuser: psycopg.Connection, database_url: str, aiohttp_client: AiohttpClient
 ) -> None:
@@ -615,7 +632,9 @@ async def test_no_request_hangs_whenever_it_arrives(batch: int, client: TestClie
                 choice.choice(asked[-20:])[1].cancel()
             gap = choice.random()
             if gap < 0.1:  # until an answer comes: the lane has just drained its queue, or is about to
-                await asyncio.wait({choice.choice(asked[-3:])[1]}, timeout=5)
+                awaited = choice.choice(asked[-3:])[1]
+                await asyncio.wait({awaited}, timeout=5)
+                assert awaited.done(), "a request hangs until another comes"
                 gap = choice.random()
             for _ in range(choice.randrange(6) if gap < 0.6 else 0):
                 await asyncio.sleep(0)
@@ -679,6 +698,22 @@ async def test_an_idle_lane_sends_at_once(client: TestClient, database_url: str)
                 await asyncio.sleep(0)
             assert line.calls == [1] * count
             assert (await future).sqlstate is None
+
+
+async def test_an_answer_comes_after_the_commit(
+    client: TestClient, database_url: str, superuser: psycopg.Connection
+) -> None:
+    query = "select count(*) from wallet.operation where operation_uuid = any(%s)"
+    async with running_lane(Line(database_url), Settings()) as lane:
+        for count in (1, 5) * 10:
+            requests = [Request("w", uuid4(), "DEPOSIT", 1) for _ in range(count)]
+            futures = [lane.apply(request) for request in requests]
+            await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
+            answered = [
+                request.operation_uuid for request, future in zip(requests, futures, strict=True) if future.done()
+            ]
+            assert superuser.execute(query, [answered]).fetchone() == (len(answered),)
+            await asyncio.wait(futures)
 
 
 async def test_what_waits_goes_in_one_call(client: TestClient, superuser: psycopg.Connection) -> None:

