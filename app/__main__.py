@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> int:
 
 
 def serve(configured: settings.Settings) -> None:
-    """Serve until told to stop. Several workers share their metrics in a folder that must be there before all imports."""
+    """Serve until told to stop. The folder in which workers share metrics must be there before prometheus-client is."""
     with contextlib.ExitStack() as stack:
         if configured.workers > 1:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="wallet-metrics-"))

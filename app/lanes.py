@@ -124,15 +124,19 @@ class Line:
         lost = False
         delay = 0.02
         while True:
+            called = False
             try:
+                if self._connection is None or self._connection.is_closed():
+                    await self._connect()
+                called = True
                 outcomes = await self._call(requests)
                 break
             except asyncpg.PostgresError as error:
                 _log.warning("a call failed and is made again: SQLSTATE %s", error.sqlstate)
-                lost = lost or not session_survives(error)
+                lost = lost or (called and not session_survives(error))
             except (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError) as error:
                 _log.warning("a call was lost and is made again: %s", type(error).__name__)
-                lost = True
+                lost = lost or called
             RESENDS.inc()
             await asyncio.sleep(delay * random.uniform(0.5, 1.5))
             delay = min(delay * 2, 0.25)
@@ -145,8 +149,6 @@ class Line:
             self._connection = None
 
     async def _call(self, requests: Sequence[Request]) -> list[Outcome]:
-        if self._connection is None:
-            await self._connect()
         try:
             if len(requests) == 1:  # the shorter way for a lone client; what it refuses, the array function explains
                 with contextlib.suppress(Refusal):
@@ -205,9 +207,10 @@ def _recognise(requests: Sequence[Request], outcomes: list[Outcome]) -> list[Out
     own: set[UUID] = set()
     recognised = []
     for request, outcome in zip(requests, outcomes, strict=True):
-        if outcome.is_repeat_of(request) and request.operation_uuid not in own:
-            own.add(request.operation_uuid)
+        if request.operation_uuid not in own and outcome.is_repeat_of(request):
             outcome = outcome._replace(sqlstate=None, message=None)
+        if outcome.sqlstate is None:
+            own.add(request.operation_uuid)
         recognised.append(outcome)
     return recognised
 

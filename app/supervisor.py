@@ -94,7 +94,7 @@ def supervise(settings: Settings, sockets: list[socket.socket], postgres: Postgr
                 print(f"Worker {worker.pid} ended with {worker.exitcode}; starting another", flush=True)
                 time.sleep(0.5)
                 if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
-                    mark_process_dead(worker.pid)
+                    mark_process_dead(worker.pid)  # type: ignore[no-untyped-call]
                 workers[number] = start_worker(settings, sockets[number])
 
     for listening in sockets:

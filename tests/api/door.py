@@ -61,7 +61,8 @@ async def history(client: TestClient, wallet: str) -> list[dict[str, Any]]:
 async def problem(answer: ClientResponse, status: int, code: str) -> dict[str, Any]:
     """Assert that an answer is this problem, with every member that the contract asks for, and return it."""
     body = await answer.json(content_type=None)
-    assert (answer.status, body.get("code")) == (status, code), body
+    assert answer.status == status, body
+    assert body.get("code") == code, body
     assert answer.content_type == "application/problem+json"
     assert body["type"] == "about:blank"
     assert body["title"]
