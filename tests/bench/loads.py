@@ -38,6 +38,7 @@ class Bench:
         names = f"select 'w' || lpad(n::text, 5, '0') from generate_series(1, {WALLETS}) as n"
         self.execute("template", f"select count(wallet.create_wallet(name)) from ({names}) as w (name)")
         with psycopg.connect(self.postgres.url("postgres", "template"), autocommit=True) as connection:
+            connection.execute((HERE / "bare.sql").read_text())
             connection.execute("vacuum (analyze)")
 
     def execute(self, database: str, query: str) -> list[tuple[Any, ...]]:
@@ -132,7 +133,11 @@ def service(command: list[str], **settings: object) -> Iterator[int]:
     environment = {key: value for key, value in os.environ.items() if key != "DATABASE_URL"}
     environment |= {"PORT": str(port)} | {name: str(value) for name, value in settings.items()}
     process = subprocess.Popen(
-        [sys.executable, "-m", *command], cwd=CHECKOUT, env=environment, stdout=subprocess.DEVNULL
+        [sys.executable, "-m", *command],
+        cwd=CHECKOUT,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     try:
         wait_for(port, process)
