@@ -8,6 +8,7 @@ set local role wallet_owner;
 -- wallet in order, so nothing below it can race but the same operation_uuid on another wallet, where the unique
 -- index decides. The balance is checked before the duplicate because that is the order that costs a good operation
 -- nothing; an operation that was applied and is sent again must hear that it exists, so the failing path looks for it.
+-- A plain insert whose unique_violation is caught costs less than one that is on conflict do nothing.
 create or replace function wallet.apply_operation(
   p_wallet_uuid text,
   p_operation_uuid uuid,
@@ -48,14 +49,18 @@ begin
   v_balance := v_balance + case p_operation_type when 'DEPOSIT' then p_amount else -p_amount end;
   v_seq := v_seq + 1;
 
-  insert into wallet.operation (wallet_uuid, operation_type, operation_uuid, seq, amount, balance_after)
-  values (p_wallet_uuid, p_operation_type, p_operation_uuid, v_seq, p_amount, v_balance)
-  on conflict do nothing
-  returning * into v_operation;
-
-  if not found then
+  begin
+    insert into wallet.operation (wallet_uuid, operation_type, operation_uuid, seq, amount, balance_after)
+    values (p_wallet_uuid, p_operation_type, p_operation_uuid, v_seq, p_amount, v_balance)
+    returning * into v_operation;
+  exception when unique_violation then
+    if not exists (select from wallet.operation as o where o.operation_uuid = p_operation_uuid) then
+      raise serialization_failure using
+        message = 'the operation was recorded by a transaction that this snapshot cannot see',
+        hint = 'Start the transaction again.';
+    end if;
     raise sqlstate 'WA409' using message = wallet.fault_message('WA409');
-  end if;
+  end;
 
   update wallet.wallet as w
   set balance = v_balance, seq = v_seq
@@ -69,7 +74,8 @@ comment on function wallet.apply_operation(text, uuid, text, bigint) is
   'Applies one operation to one wallet exactly once and returns its row. p_operation_uuid: the caller''s name for the operation, '
   'not the nil UUID; p_operation_type: DEPOSIT or WITHDRAW; p_amount: minor units, 1 to 2^63-1. '
   'Raises, the first that applies: WA400 (bad argument), WA404 (no such wallet), WA409 (the operation exists, on whichever wallet), '
-  'WA402 (not enough money), WA416 (the balance would pass 2^63-1). A refused operation leaves nothing behind.';
+  'WA402 (not enough money), WA416 (the balance would pass 2^63-1); under repeatable read or serializable also 40001. '
+  'A refused operation leaves nothing behind.';
 
 -- Every wallet of the batch is locked first, in the order of uuid, and every insert goes in the order of
 -- operation_uuid: two batches that share wallets or operations wait for each other in one direction only.
