@@ -8,7 +8,7 @@ from aiohttp.typedefs import Handler
 from app import database, docs, handlers, lanes, metrics
 from app.access import access, access_log
 from app.database import SETTINGS
-from app.problems import problems
+from app.problems import expect, problems
 from app.settings import Settings
 
 
@@ -17,20 +17,21 @@ def make_app(settings: Settings) -> web.Application:
     app = web.Application(middlewares=[access, problems, deadline])
     app[SETTINGS] = settings
     app.cleanup_ctx.extend([access_log, database.pool, lanes.lanes])
-    app.router.add_routes(
-        [
-            *docs.routes(),
-            web.get("/metrics", metrics.metrics),
-            web.post("/api/v1/wallets", handlers.create_wallet),
-            web.get("/api/v1/wallets/{wallet_uuid}", handlers.get_wallet),
-            web.post("/api/v1/wallets/{wallet_uuid}/operation", handlers.apply_operation),
-            web.get("/api/v1/wallets/{wallet_uuid}/operations", handlers.list_operations),
-            web.get("/api/v1/wallets/{wallet_uuid}/operations/{operation_uuid}", handlers.get_operation),
-            web.post("/api/v1/operations", handlers.apply_operations),
-            web.get("/healthz", handlers.healthz),
-            web.get("/readyz", handlers.readyz),
-        ]
-    )
+    routes = [
+        *docs.routes(),
+        web.get("/metrics", metrics.metrics),
+        web.post("/api/v1/wallets", handlers.create_wallet),
+        web.get("/api/v1/wallets/{wallet_uuid}", handlers.get_wallet),
+        web.post("/api/v1/wallets/{wallet_uuid}/operation", handlers.apply_operation),
+        web.get("/api/v1/wallets/{wallet_uuid}/operations", handlers.list_operations),
+        web.get("/api/v1/wallets/{wallet_uuid}/operations/{operation_uuid}", handlers.get_operation),
+        web.post("/api/v1/operations", handlers.apply_operations),
+        web.get("/healthz", handlers.healthz),
+        web.get("/readyz", handlers.readyz),
+    ]
+    for route in routes:
+        route.kwargs["expect_handler"] = expect
+    app.router.add_routes(routes)
     return app
 
 

@@ -21,7 +21,8 @@ BODY_TIMEOUT = 5.0
 """Seconds that a client has to send its body."""
 
 MAX_INT64 = 2**63 - 1
-WalletUuid = Annotated[str, msgspec.Meta(pattern=r"\A[A-Za-z0-9_-]{1,64}\Z")]
+_NAME = r"\A[A-Za-z0-9_-]{1,64}\Z"
+WalletUuid = Annotated[str, msgspec.Meta(pattern=_NAME)]
 Amount = Annotated[int, msgspec.Meta(ge=1, le=MAX_INT64)]
 
 T = TypeVar("T")
@@ -140,7 +141,7 @@ def read_query(query: Mapping[str, str], shape: type[T]) -> T:
 def wallet_uuid(request: web.Request) -> str:
     """Return the wallet's name from the path. Raises Problem (400) for a name that no wallet can have."""
     name = request.match_info["wallet_uuid"]
-    if not re.fullmatch("[A-Za-z0-9_-]{1,64}", name):
+    if not re.match(_NAME, name):
         message = "wallet_uuid must be 1 to 64 characters of A-Z, a-z, 0-9, _ and -"
         raise invalid(["path", "wallet_uuid"], message)
     return name

@@ -335,3 +335,9 @@ async def test_a_request_that_the_database_does_not_answer_in_time_may_be_asked_
     for answer in (await client.get("/api/v1/wallets/w"), await deposit(client, "w", 5)):
         await problem(answer, 503, "unavailable")
         assert int(answer.headers["Retry-After"]) > 0
+
+
+async def test_only_100_continue_can_be_expected(client: TestClient) -> None:
+    met = await client.post("/api/v1/wallets", json={"uuid": "patient"}, headers={"Expect": "100-continue"})
+    assert met.status == 201
+    await problem(await client.post("/api/v1/wallets", headers={"Expect": "miracles"}), 417, "expectation_failed")
