@@ -4,11 +4,12 @@ import random
 import re
 import time
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from app.logs import REQUEST_ID, AccessLog
+from app.logs import REQUEST_ID, AccessLine, AccessLog
 from app.metrics import REQUEST_SECONDS
 
 ACCESS_LOG = web.AppKey("access_log", AccessLog)
@@ -35,7 +36,8 @@ async def access(request: web.Request, handler: Handler) -> web.StreamResponse:
     REQUEST_SECONDS.labels(method, route, response.status).observe(seconds)
     log = request.app[ACCESS_LOG]
     if log.enabled:
-        log.add(request_id, request.method, request.raw_path[:200], response.status, seconds)
+        path, ms = request.raw_path[:200], round(seconds * 1000, 3)
+        log.add(AccessLine(datetime.now(UTC), request_id, request.method, path, response.status, ms))
     return response
 
 

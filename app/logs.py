@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import sys
-import time
 from contextvars import ContextVar
 from datetime import UTC, datetime
 
@@ -40,7 +39,7 @@ class JsonFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """Return the line."""
         line: dict[str, object] = {
-            "time": timestamp(record.created),
+            "time": datetime.fromtimestamp(record.created, UTC),
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
@@ -60,9 +59,17 @@ class TerminalFormatter(logging.Formatter):
         super().__init__("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S")
 
 
-def timestamp(seconds: float) -> str:
-    """Return a time as RFC 3339, in UTC, with milliseconds."""
-    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+class AccessLine(msgspec.Struct, gc=False):
+    """A request that was answered, as a line of the log; `ms` is the time it took in milliseconds."""
+
+    time: datetime
+    request_id: str
+    method: str
+    path: str
+    status: int
+    ms: float
+    level: str = "info"
+    logger: str = "access"
 
 
 class AccessLog:
@@ -70,33 +77,26 @@ class AccessLog:
 
     def __init__(self) -> None:
         self.enabled = log.isEnabledFor(logging.INFO)
-        self._terminal = sys.stderr.isatty()
-        self._lines: list[bytes] = []
+        self._encode = terminal_lines if sys.stderr.isatty() else msgspec.json.Encoder().encode_lines
+        self._lines: list[AccessLine] = []
 
-    def add(self, request_id: str, method: str, path: str, status: int, seconds: float) -> None:
+    def add(self, line: AccessLine) -> None:
         """Add the line of a request that was answered."""
         if not self._lines:
             asyncio.get_running_loop().call_later(FLUSH_INTERVAL, self.flush)
-        milliseconds = round(seconds * 1000, 3)
-        if self._terminal:
-            clock = time.strftime("%H:%M:%S")
-            self._lines.append(f"{clock} {method} {path} {status} {milliseconds} ms {request_id}".encode())
-            return
-        line = {
-            "time": timestamp(time.time()),
-            "level": "info",
-            "logger": "access",
-            "request_id": request_id,
-            "method": method,
-            "path": path,
-            "status": status,
-            "ms": milliseconds,
-        }
-        self._lines.append(msgspec.json.encode(line))
+        self._lines.append(line)
 
     def flush(self) -> None:
         """Write the lines that wait."""
         if self._lines:
-            sys.stderr.buffer.write(b"\n".join(self._lines) + b"\n")
+            sys.stderr.buffer.write(self._encode(self._lines))
             sys.stderr.buffer.flush()
             self._lines.clear()
+
+
+def terminal_lines(lines: list[AccessLine]) -> bytes:
+    """Return lines for a terminal."""
+    return "".join(
+        f"{line.time.astimezone():%H:%M:%S} {line.method} {line.path} {line.status} {line.ms} ms {line.request_id}\n"
+        for line in lines
+    ).encode()

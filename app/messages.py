@@ -170,18 +170,31 @@ def _check_content_type(request: web.Request) -> None:
 
 
 async def _read(request: web.Request, limit: int) -> bytes:
-    body = bytearray()
     try:
-        async with asyncio.timeout(BODY_TIMEOUT):
-            if (request.content_length or 0) <= limit:
-                async for chunk in request.content.iter_any():
-                    body += chunk
-                    if len(body) > limit:
-                        break
-                else:
-                    return bytes(body)
+        if request.content.is_eof():  # it came along with the head, as nearly always: nothing to wait for
+            body = request.content.read_nowait()
+        else:
+            async with asyncio.timeout(BODY_TIMEOUT):
+                body = await _read_chunks(request, limit)
     except (web.RequestPayloadError, HttpProcessingError):
         raise invalid(["body"], "the body does not decode as its headers say") from None
     except TimeoutError:
         raise Problem(408, "request_timeout", f"The body did not arrive within {BODY_TIMEOUT:g} seconds") from None
-    raise Problem(413, "body_too_large", f"A body may have {limit} bytes")
+    if len(body) > limit:
+        raise _too_large(limit)
+    return body
+
+
+async def _read_chunks(request: web.Request, limit: int) -> bytes:
+    if (request.content_length or 0) > limit:
+        raise _too_large(limit)
+    body = bytearray()
+    async for chunk in request.content.iter_any():
+        body += chunk
+        if len(body) > limit:
+            break
+    return bytes(body)
+
+
+def _too_large(limit: int) -> Problem:
+    return Problem(413, "body_too_large", f"A body may have {limit} bytes")
