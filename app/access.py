@@ -1,5 +1,6 @@
 """Around every request: its id, its line in the log, its place in the metrics."""
 
+import functools
 import random
 import re
 import time
@@ -20,6 +21,10 @@ METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 _GOOD_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 
 
+_histogram = functools.cache(REQUEST_SECONDS.labels)
+"""A look-up of the labels for each request would cost more than the observation."""
+
+
 @web.middleware
 async def access(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Take the request's id from X-Request-ID or make one, and repeat it in the answer; log and measure the request."""
@@ -33,7 +38,7 @@ async def access(request: web.Request, handler: Handler) -> web.StreamResponse:
     resource = request.match_info.route.resource
     route = resource.canonical if resource is not None else "none"
     method = request.method if request.method in METHODS else "other"
-    REQUEST_SECONDS.labels(method, route, response.status).observe(seconds)
+    _histogram(method, route, response.status).observe(seconds)
     log = request.app[ACCESS_LOG]
     if log.enabled:
         path, ms = request.raw_path[:200], round(seconds * 1000, 3)
