@@ -287,9 +287,9 @@ def environment(bench: Bench) -> dict[str, object]:
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
-    parser.add_argument("--short", action="store_true", help="a few minutes instead of an hour; writes no files")
+    parser.add_argument("--short", action="store_true", help="three minutes instead of forty; writes no files")
     short = parser.parse_args().short
-    seconds, rounds, millions = (2, 1, []) if short else (8, 3, [1, 10])
+    seconds, rounds, millions = (1, 1, []) if short else (6, 3, [1, 10])
     started = time.monotonic()
     report = Report()
     with loads.server() as bench:
@@ -297,8 +297,8 @@ def main() -> None:
         print(json.dumps(machine, indent=2))
         compared(bench, report, seconds, rounds)
         alone(bench, report, seconds)
-        rest(bench, report, "REST one wallet, 256 connections, a minute", connections=256, seconds=5 if short else 60)
-        growth(bench, report, seconds, rounds, millions)
+        rest(bench, report, "REST one wallet, 256 connections, a minute", connections=256, seconds=2 if short else 60)
+        growth(bench, report, seconds, 2, millions)
     met = targets(report, millions)
     for text, figure, relation, bound in met:
         kept = figure >= bound if relation == ">=" else figure <= bound

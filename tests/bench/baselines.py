@@ -16,6 +16,7 @@ from app.database import POOL, SETTINGS
 from app.messages import NewOperation, read_body, respond, wallet_uuid
 from app.problems import problems
 from app.settings import from_environment
+from app.supervisor import spare_the_collector
 
 _decoder = msgspec.json.Decoder(NewOperation)
 
@@ -45,6 +46,7 @@ def main(kind: str) -> None:
     app[SETTINGS] = settings
     app.cleanup_ctx.append(database.pool)
     app.router.add_post("/api/v1/wallets/{wallet_uuid}/operation", {"ceiling": ceiling, "single": single}[kind])
+    spare_the_collector()
     web.run_app(app, host=settings.host, port=settings.port, loop=uvloop.new_event_loop(), access_log=None, print=None)
 
 
