@@ -1,8 +1,8 @@
 """The process that was started: it keeps PostgreSQL and the workers running, and stops them in order."""
 
 import asyncio
-import gc
 import contextlib
+import gc
 import multiprocessing
 import os
 import signal

@@ -20,13 +20,14 @@ from openapi_spec_validator import OpenAPIV31SpecValidator, validate
 from pytest_aiohttp.plugin import AiohttpClient, AiohttpServer
 from yarl import URL
 
-from app import docs, messages, problems
+from app import access, docs, messages, problems
 from app.application import make_app
 from app.migrations import TESTDATA_HISTORY, dbmate
 from app.settings import Settings
 from tests.conftest import url_of
 
 DOCUMENT: dict[str, Any] = json.loads(docs.description())
+REQUEST_ID = DOCUMENT["components"]["parameters"]["RequestId"]["example"]
 METHODS = {"get", "put", "post", "delete", "options", "head", "patch", "trace"}
 WITHDRAWAL = {"operation_uuid": "aaaaaaaa-0000-4000-8000-00000000000a", "operation_type": "WITHDRAW", "amount": 1}
 
@@ -50,11 +51,8 @@ def operations() -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Return path, method and description of every operation in the document, in its order."""
     for path, item in DOCUMENT["paths"].items():
         for method in METHODS & item.keys():
-            yield (
-                path,
-                method,
-                item[method] | {"parameters": item.get("parameters", []) + item[method].get("parameters", [])},
-            )
+            parameters = item.get("parameters", []) + item[method].get("parameters", [])
+            yield path, method, item[method] | {"parameters": [resolved(parameter) for parameter in parameters]}
 
 
 # The document
@@ -105,6 +103,20 @@ def test_the_limits_in_the_document_are_the_limits_of_the_service() -> None:
     assert f"{messages.BODY_LIMIT:,} bytes, of a bulk request {messages.BULK_BODY_LIMIT:,}." in told
 
 
+def test_every_request_may_have_an_id_and_every_answer_has_one() -> None:
+    for path, method, operation in operations():
+        assert "X-Request-ID" in {parameter["name"] for parameter in operation["parameters"]}, (path, method)
+        for status, response in operation["responses"].items():
+            header = resolved(response)["headers"]["X-Request-ID"]
+            assert resolved(header)["required"], (path, method, status)
+
+
+def test_a_request_id_is_what_the_document_says() -> None:
+    described = DOCUMENT["components"]["headers"]["RequestId"]["schema"]["pattern"]
+    assert described == f"^{access._GOOD_ID.pattern}$"
+    assert re.fullmatch(described, REQUEST_ID)
+
+
 # Its examples. A request and an answer of the same name belong together. A parameter without an example of that name
 # has its first one if it must be given, else it is left out.
 
@@ -146,6 +158,8 @@ def example_url(path: str, parameters: list[dict[str, Any]], name: str) -> URL:
     """Return the path and query of an example."""
     query = {}
     for parameter in parameters:
+        if parameter["in"] == "header":
+            continue
         values = {key: str(example["value"]) for key, example in parameter["examples"].items()}
         if parameter["in"] == "path":
             value = values.get(name, next(iter(values.values())))
@@ -174,7 +188,7 @@ def test_every_example_of_a_request_has_its_answer() -> None:
         for name in requests_of(operation):
             assert (method, path, name) in answered
         for parameter in operation["parameters"]:
-            for name in list(parameter["examples"])[parameter["required"] :]:
+            for name in list(parameter.get("examples", {}))[parameter["required"] :]:
                 assert (method, path, name) in answered
 
 
@@ -194,11 +208,12 @@ async def test_every_example_gets_its_answer(client: TestClient) -> None:
     sent = 0
     for example in examples():
         body = None if example.body is None else json.dumps(example.body)
-        headers = {} if body is None else {"Content-Type": "application/json"}
+        headers = {"X-Request-ID": REQUEST_ID} | ({} if body is None else {"Content-Type": "application/json"})
         answer = await client.request(example.method, example.url, data=body, headers=headers)
         told = await answer.json(content_type=None)
         assert (answer.status, answer.content_type) == (example.status, example.content_type), (example.name, told)
         assert masked(told) == masked(example.answer), example.name
+        assert answer.headers["X-Request-ID"] == REQUEST_ID
         sent += 1
     assert sent > 25
 

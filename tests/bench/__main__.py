@@ -287,9 +287,9 @@ def environment(bench: Bench) -> dict[str, object]:
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
-    parser.add_argument("--short", action="store_true", help="three minutes instead of forty; writes no files")
+    parser.add_argument("--short", action="store_true", help="three minutes instead of thirty; writes no files")
     short = parser.parse_args().short
-    seconds, rounds, millions = (1, 1, []) if short else (6, 3, [1, 10])
+    seconds, rounds, millions = (1, 1, []) if short else (4, 3, [1, 10])
     started = time.monotonic()
     report = Report()
     with loads.server() as bench:

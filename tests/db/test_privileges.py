@@ -55,8 +55,39 @@ TAMPERING = [
     "alter function wallet.verify() security invoker",
     "create or replace function wallet.fault_message(p_sqlstate text) returns text language sql as 'select null'",
     "alter table wallet.operation owner to current_user",
+    "alter table wallet.operation disable trigger all",
+    "alter schema wallet rename to mine",
+    "create view wallet.mine as select 1",
+    "create type wallet.mine as (n int)",
+    "create index on wallet.operation (amount)",
+    "create trigger mine before update on wallet.wallet execute function suppress_redundant_updates_trigger()",
+    "create rule mine as on insert to wallet.operation do instead nothing",
+    "create policy mine on wallet.wallet",
+    "comment on table wallet.wallet is 'mine'",
+    "explain delete from wallet.operation",
+    "copy wallet.operation from program 'true'",
 ]
-BECOMING_THE_OWNER = ["set role wallet_owner", "set session authorization wallet_owner"]
+ABOVE_THE_SCHEMA = [
+    "create schema mine",
+    "create role mine",
+    "create event trigger mine on ddl_command_end execute function pg_notify()",
+    "alter role wallet_owner login",
+    "alter role current_user superuser",
+    "set session_replication_role = replica",
+    "select pg_read_file('postgresql.conf')",
+    "select pg_terminate_backend(pid) from pg_stat_activity where usename = 'postgres'",
+    "copy (select 1) to '/tmp/mine'",
+    "copy (select 1) to program 'true'",
+]
+BECOMING_THE_OWNER = [
+    "set role wallet_owner",
+    "set session authorization wallet_owner",
+    "grant wallet_owner to current_user",
+    "grant wallet_app to current_user with admin option",
+    "reassign owned by wallet_owner to current_user",
+    "drop owned by wallet_owner",
+    "create schema mine authorization wallet_owner",
+]
 
 
 @pytest.fixture
@@ -85,7 +116,7 @@ def forbidden(connection: psycopg.Connection, statements: list[str]) -> list[str
 
 
 def test_the_service_touches_no_table_and_nothing_internal(service: psycopg.Connection) -> None:
-    statements = SELECTS + TAMPERING + INTERNAL + BECOMING_THE_OWNER
+    statements = SELECTS + TAMPERING + INTERNAL + ABOVE_THE_SCHEMA + BECOMING_THE_OWNER
     assert forbidden(service, statements) == statements
     assert call(service, "verify") == []
 
@@ -95,7 +126,7 @@ def test_the_service_may_call_every_public_function(service: psycopg.Connection)
 
 
 def test_a_reader_changes_nothing(report: psycopg.Connection) -> None:
-    statements = TAMPERING + INTERNAL + WRITING + BECOMING_THE_OWNER
+    statements = TAMPERING + INTERNAL + WRITING + ABOVE_THE_SCHEMA + BECOMING_THE_OWNER
     assert forbidden(report, statements) == statements
     assert balances(report, ["w"]) == {"w": 100}
 
@@ -104,12 +135,48 @@ def test_a_reader_may_read(report: psycopg.Connection) -> None:
     assert forbidden(report, SELECTS + READING) == []
 
 
-def test_anybody_else_may_do_nothing(superuser: psycopg.Connection) -> None:
-    statements = SELECTS + TAMPERING + INTERNAL + READING + WRITING
-    with superuser.transaction(force_rollback=True):
-        superuser.execute("create role passer_by")
-        superuser.execute("set local role passer_by")
-        assert forbidden(superuser, statements) == statements
+def test_nobody_can_pass_on_what_was_granted(service: psycopg.Connection, report: psycopg.Connection) -> None:
+    """To somebody who has a privilege without the right to grant it PostgreSQL says so in a warning."""
+    granted = """
+        select array_agg(acl::text) from (
+          select nspacl from pg_namespace where nspname = 'wallet'
+          union all (select proacl from pg_proc where pronamespace = 'wallet'::regnamespace order by oid)
+          union all (select relacl from pg_class where relnamespace = 'wallet'::regnamespace order by oid)
+        ) as o (acl)"""
+    before = service.execute(granted).fetchone()
+    told: list[str | None] = []
+    for connection, grant in (
+        (service, "grant execute on function wallet.create_wallet(text) to public"),
+        (service, "grant usage on schema wallet to public"),
+        (report, "grant select on wallet.operation to public"),
+    ):
+        connection.add_notice_handler(lambda notice: told.append(notice.sqlstate))
+        connection.execute(grant)
+    assert set(told) == {"01007"}
+    assert service.execute(granted).fetchone() == before
+
+
+@pytest.fixture
+def passer_by(superuser: psycopg.Connection) -> Iterator[psycopg.Connection]:
+    """A connection of a login that is a member of nothing: whatever it may do, PUBLIC may."""
+    superuser.execute("create role passer_by login")
+    with psycopg.connect(url_of(superuser, "passer_by"), autocommit=True) as connection:
+        yield connection
+    superuser.execute("drop role passer_by")
+
+
+def test_anybody_else_may_do_nothing(passer_by: psycopg.Connection) -> None:
+    statements = SELECTS + TAMPERING + INTERNAL + READING + WRITING + ABOVE_THE_SCHEMA + BECOMING_THE_OWNER
+    assert forbidden(passer_by, statements) == statements
+
+
+def test_statistics_tell_the_service_nothing_of_the_ledger(
+    superuser: psycopg.Connection, service: psycopg.Connection
+) -> None:
+    superuser.execute("analyze wallet.wallet, wallet.operation")
+    seen = "select count(*) from pg_stats where schemaname = 'wallet'"
+    assert superuser.execute(seen).fetchone() != (0,)
+    assert service.execute(seen).fetchone() == (0,)
 
 
 # What stands in the catalogue
@@ -161,6 +228,28 @@ def test_nobody_but_the_owner_may_change_a_table(superuser: psycopg.Connection) 
     assert privileges == [("operation", "wallet_reader", "SELECT"), ("wallet", "wallet_reader", "SELECT")]
 
 
+def test_no_role_may_change_the_ledger_however_it_came_by_it(superuser: psycopg.Connection) -> None:
+    """By membership or by column, too. Superusers and PostgreSQL's own pg_write_all_data may by definition."""
+    able = superuser.execute("""
+        select r.rolname, c.relname, p.privilege
+        from pg_roles as r, pg_class as c,
+          unnest('{insert,update,delete,truncate,references,trigger}'::text[]) as p (privilege)
+        where c.relnamespace = 'wallet'::regnamespace and c.relkind = 'r'
+          and not r.rolsuper and r.rolname not in ('wallet_owner', 'pg_write_all_data')
+          and (has_table_privilege(r.oid, c.oid, p.privilege) or p.privilege in ('insert', 'update', 'references')
+            and has_any_column_privilege(r.oid, c.oid, p.privilege))""").fetchall()
+    assert able == []
+
+
+def test_nothing_is_granted_by_default_and_nothing_runs_unasked(listed: Callable[[str], list[object]]) -> None:
+    assert listed("select defaclacl::text from pg_default_acl") == []
+    unasked = """
+        select tgname from pg_trigger join pg_class as c on c.oid = tgrelid where relnamespace = 'wallet'::regnamespace
+        union all select rulename from pg_rewrite join pg_class as c on c.oid = ev_class
+        where relnamespace = 'wallet'::regnamespace"""
+    assert listed(unasked) == []
+
+
 def test_functions_run_as_the_owner_with_a_pinned_search_path(listed: Callable[[str], list[object]]) -> None:
     unpinned = """
         select proname from pg_proc where pronamespace = 'wallet'::regnamespace
@@ -210,6 +299,20 @@ def test_objects_of_the_caller_do_not_stand_in_for_the_real_ones(
     assert len(call(service, "create_wallet")[0].uuid) == 36
     assert [operation.seq for operation in call(service, "list_operations", "w")] == [2, 1]
     assert call(service, "verify") == []
+
+
+def test_types_of_the_caller_do_not_stand_in_for_the_real_ones(service: psycopg.Connection) -> None:
+    for name in ("text", "uuid", "jsonb"):
+        service.execute(f"create domain pg_temp.{name} as pg_catalog.{name} check (false)")
+    service.execute("set search_path = pg_temp, pg_catalog")
+    operation = f"'{{w}}', '{{{B}}}', '{{WITHDRAW}}', '{{100}}'"
+
+    created = service.execute("select count(wallet.create_wallet())").fetchone()
+    applied = service.execute(f"select sqlstate from wallet.apply_operations({operation})").fetchone()
+
+    assert (created, applied) == ((1,), (None,))
+    assert service.execute("select balance from wallet.get_wallet('w')").fetchone() == (0,)
+    assert service.execute("select * from wallet.verify()").fetchall() == []
 
 
 @pytest.mark.parametrize(
