@@ -1,0 +1,332 @@
+"""What a running service writes to standard error."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from http.client import HTTPConnection
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+from uuid import uuid4
+
+import psycopg
+import pytest
+
+from app.settings import CHECKOUT
+from tests.api.test_process import COMMAND, environment_with, free_port, wait_until
+
+MADE_ID = re.compile(r"[0-9a-f]{16}")
+ACCESS_FIELDS = {"time", "level", "logger", "request_id", "method", "path", "status", "ms"}
+
+
+class Service:
+    """A started `python -m app` on this test's database, whose standard error is a file or a terminal."""
+
+    def __init__(self, folder: Path, stderr: int | None, **settings: str) -> None:
+        self.port = free_port()
+        self.errors = folder / "stderr"
+        self.output = folder / "stdout"
+        with self.output.open("wb") as output, self.errors.open("wb") as errors:
+            self.process = subprocess.Popen(
+                COMMAND,
+                cwd=CHECKOUT,
+                env=environment_with(PORT=str(self.port), **settings),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=errors if stderr is None else stderr,
+            )
+        wait_until(lambda: self.process.poll() is not None or "Try: " in self.output.read_text())
+        assert self.process.poll() is None, self.errors.read_text()
+
+    def ask(self, method: str, path: str, body: object = None, **headers: str | bytes) -> tuple[int, str | None]:
+        """Make a request and return its status and its X-Request-ID."""
+        connection = HTTPConnection("127.0.0.1", self.port, timeout=30)
+        data = None if body is None else json.dumps(body)
+        sent = {name.replace("_", "-"): value for name, value in headers.items()}
+        connection.request(method, path, data, {"Content-Type": "application/json", **sent})
+        answer = connection.getresponse()
+        answer.read()
+        connection.close()
+        return answer.status, answer.getheader("X-Request-ID")
+
+    def send(self, raw: bytes) -> bytes:
+        """Send bytes, and return all that comes back until the connection ends."""
+        with socket.create_connection(("127.0.0.1", self.port), 30) as connection:
+            connection.sendall(raw)
+            return b"".join(iter(lambda: connection.recv(65536), b""))
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait(30)
+
+    def lines(self) -> list[dict[str, Any]]:
+        """Stop the service and return its lines, each of which is a JSON object."""
+        self.stop()
+        return [json.loads(line) for line in self.errors.read_bytes().splitlines()]
+
+
+Start = Callable[..., Service]
+
+
+@pytest.fixture
+def start(tmp_path: Path, database_url: str) -> Iterator[Start]:
+    """Start services; they are stopped after the test."""
+    started: list[Service] = []
+
+    def start(stderr: int | None = None, **settings: str) -> Service:
+        folder = tmp_path / f"service-{len(started)}"
+        folder.mkdir()
+        started.append(Service(folder, stderr, **{"DATABASE_URL": database_url} | settings))
+        return started[-1]
+
+    yield start
+    for service in started:
+        service.stop()
+
+
+def access(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [line for line in lines if line["logger"] == "access"]
+
+
+def operation(amount: int) -> dict[str, Any]:
+    return {"operation_uuid": str(uuid4()), "operation_type": "DEPOSIT", "amount": amount}
+
+
+# Lines
+
+
+def test_every_request_has_a_json_line(start: Start) -> None:
+    service = start()
+    service.ask("POST", "/api/v1/wallets", {"uuid": "w"})
+    service.ask("GET", "/api/v1/wallets/w")
+    service.ask("DELETE", "/api/v1/wallets/w")
+
+    lines = service.lines()
+
+    assert [(line["method"], line["path"], line["status"]) for line in lines] == [
+        ("POST", "/api/v1/wallets", 201),
+        ("GET", "/api/v1/wallets/w", 200),
+        ("DELETE", "/api/v1/wallets/w", 405),
+    ]
+    for line in lines:
+        assert line.keys() == ACCESS_FIELDS
+        assert (line["level"], line["logger"]) == ("info", "access")
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d+Z", line["time"])
+        assert MADE_ID.fullmatch(line["request_id"])
+        assert 0 < line["ms"] < 30_000
+
+
+@pytest.mark.parametrize(
+    "target", [b"/\xff", b"/\xed\xa0\x80", b"/\xc3\xa4", b"/%00%0a%22", b'/"\\', b"/" + b"a" * 5000]
+)
+def test_whatever_is_asked_for_the_log_stays_json_and_goes_on(start: Start, target: bytes) -> None:
+    service = start()
+    for _ in range(2):
+        answer = service.send(b"GET " + target + b" HTTP/1.1\r\nHost: w\r\nConnection: close\r\n\r\n")
+        assert answer.split()[1] in (b"400", b"404")
+    service.ask("GET", "/healthz")
+
+    lines = service.lines()
+
+    assert {line["logger"] for line in lines} == {"access"}
+    assert lines[-1]["path"] == "/healthz"
+    assert max(len(line["path"]) for line in lines) <= 1000
+
+
+def test_what_is_not_http_leaves_no_traceback(start: Start) -> None:
+    service = start()
+    for raw in (b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"nonsense\r\n\r\n"):
+        assert service.send(raw).split()[1] == b"400"
+    service.ask("GET", "/healthz")
+
+    assert [line["path"] for line in service.lines()] == ["/healthz"]
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_many_requests_at_once_have_a_whole_line_each(start: Start, workers: str) -> None:
+    service = start(WORKERS=workers)
+
+    def ask(number: int) -> None:
+        for request in range(25):
+            service.ask("GET", "/healthz", X_Request_ID=f"{number}-{request}")
+
+    clients = [threading.Thread(target=ask, args=[number]) for number in range(8)]
+    for client in clients:
+        client.start()
+    for client in clients:
+        client.join()
+
+    asked = sorted(f"{number}-{request}" for number in range(8) for request in range(25))
+    assert sorted(line["request_id"] for line in service.lines()) == asked
+
+
+def test_a_terminal_gets_short_lines(start: Start) -> None:
+    terminal, stderr = os.openpty()
+    service = start(stderr=stderr)
+    os.close(stderr)
+    service.ask("GET", "/api/v1/wallets/nobody", X_Request_ID="abc")
+    service.stop()
+
+    said = b""
+    with suppress(OSError):  # nobody has the other end open any more
+        while data := os.read(terminal, 65536):
+            said += data
+    os.close(terminal)
+
+    assert re.fullmatch(
+        rb"\d\d:\d\d:\d\d GET /api/v1/wallets/nobody 404 \d+(\.\d+)? ms abc\r\n",
+        said,
+    ), said
+
+
+@pytest.mark.parametrize(("level", "logged"), [("DEBUG", True), ("INFO", True), ("WARNING", False), ("ERROR", False)])
+def test_the_level_decides_whether_requests_are_logged(start: Start, level: str, logged: bool) -> None:
+    service = start(LOG_LEVEL=level)
+    service.ask("GET", "/healthz")
+    assert bool(access(service.lines())) is logged
+
+
+def test_below_error_a_database_that_fails_is_still_logged(start: Start, superuser: psycopg.Connection) -> None:
+    superuser.execute("revoke execute on function wallet.list_operations(text, bigint, int) from wallet_app")
+    for level, levels in (("WARNING", {"warning"}), ("ERROR", set())):
+        superuser.execute("grant execute on function wallet.list_operations(text, bigint, int) to wallet_app")
+        service = start(LOG_LEVEL=level, REQUEST_DEADLINE="0.2")
+        superuser.execute("revoke execute on function wallet.list_operations(text, bigint, int) from wallet_app")
+        assert service.ask("GET", "/api/v1/wallets/w/operations")[0] == 503
+        assert {line["level"] for line in service.lines()} == levels
+
+
+# The request's id
+
+
+@pytest.mark.parametrize("given", ["a", "0af7651916cd43dd8448eb211c80319c", "req:2026/11.24+a=b@c_d-e", "x" * 128])
+def test_a_request_id_that_is_given_is_kept(start: Start, given: str) -> None:
+    service = start()
+    assert service.ask("GET", "/healthz", X_Request_ID=given) == (200, given)
+    assert [line["request_id"] for line in service.lines()] == [given]
+
+
+def test_a_request_id_that_is_no_id_is_replaced(start: Start) -> None:
+    service = start()
+    told = [
+        service.ask("GET", "/healthz", X_Request_ID=bad)[1]
+        for bad in ("", " ", "x" * 129, "a b", "a\tb", b"a\x80b", "a\u00e4b", '{"a":1}', "a;b")
+    ]
+    told.append(service.ask("GET", "/healthz")[1])
+
+    assert all(MADE_ID.fullmatch(str(request_id)) for request_id in told)
+    assert len(set(told)) == len(told)
+    assert [line["request_id"] for line in service.lines()] == told
+
+
+@pytest.mark.parametrize("control", [b"\x00", b"\x01", b"\x1b[2J", b"\r", b"\x7f"])
+def test_control_characters_in_a_request_id_reach_neither_answer_nor_log(start: Start, control: bytes) -> None:
+    service = start()
+    head = b"GET /healthz HTTP/1.1\r\nHost: w\r\nConnection: close\r\nX-Request-ID: a" + control + b"b\r\n\r\n"
+
+    answer = service.send(head)
+
+    assert control not in answer.replace(b"\r\n", b"")
+    service.stop()
+    assert control not in service.errors.read_bytes()
+
+
+def test_the_answers_that_are_problems_have_their_request_id_too(start: Start) -> None:
+    service = start()
+    for method, path, body, status in (
+        ("GET", "/nowhere", None, 404),
+        ("PUT", "/healthz", None, 405),
+        ("GET", "/api/v1/wallets/nobody", None, 404),
+        ("POST", "/api/v1/wallets/w/operation", {"amount": 1.5}, 400),
+        ("POST", "/api/v1/wallets/w/operation", "x" * 100_000, 413),
+    ):
+        assert service.ask(method, path, body, X_Request_ID="mine") == (status, "mine")
+
+
+# What fails
+
+
+def deny(superuser: psycopg.Connection, function: str) -> None:
+    superuser.execute(f"revoke execute on function wallet.{function} from wallet_app".encode())
+
+
+def test_a_read_that_fails_is_told_with_its_sqlstate_its_code_and_its_request(
+    start: Start, superuser: psycopg.Connection
+) -> None:
+    service = start(REQUEST_DEADLINE="0.3")
+    deny(superuser, "get_wallet(text)")
+
+    assert service.ask("GET", "/api/v1/wallets/w", X_Request_ID="mine") == (503, "mine")
+
+    lines = service.lines()
+    assert {line["request_id"] for line in lines} == {"mine"}
+    assert {line["sqlstate"] for line in lines if "sqlstate" in line} == {"42501"}
+    assert {line["code"] for line in lines if "code" in line} == {"unavailable"}
+
+
+def test_a_write_that_fails_is_told_with_its_sqlstate(start: Start, superuser: psycopg.Connection) -> None:
+    """The call may be about many requests, so it has no request's id; the 503 has."""
+    service = start(REQUEST_DEADLINE="0.3")
+    deny(superuser, "apply_operation(text, uuid, text, bigint)")
+    deny(superuser, "apply_operations(text[], uuid[], text[], bigint[])")
+
+    assert service.ask("POST", "/api/v1/wallets/w/operation", operation(5), X_Request_ID="mine") == (503, "mine")
+
+    lines = service.lines()
+    assert {line["sqlstate"] for line in lines if "sqlstate" in line} == {"42501"}
+    assert [line["request_id"] for line in lines if line.get("code") == "unavailable"] == ["mine"]
+    assert {line.get("request_id") for line in lines if "sqlstate" in line} == {None}
+
+
+# What stays out
+
+
+def test_no_body_no_amount_and_no_credential_is_logged(
+    start: Start, superuser: psycopg.Connection, database_url: str
+) -> None:
+    """A password in DATABASE_URL is of no use on a server that trusts everybody, but it is there to be found."""
+    parts = urlsplit(database_url)
+    with_password = urlunsplit(parts._replace(netloc=parts.netloc.replace("@", ":s3cret-password@")))
+    assert "s3cret-password" in with_password
+    service = start(DATABASE_URL=with_password, LOG_LEVEL="DEBUG", REQUEST_DEADLINE="0.3")
+    amount = 987_654_321
+    secret = {"Authorization": "Bearer s3cret-token", "Cookie": "session=s3cret-cookie"}
+
+    service.ask("POST", "/api/v1/wallets", {"uuid": "w"})
+    service.ask("POST", "/api/v1/wallets/w/operation", operation(amount), **secret)
+    service.ask("POST", "/api/v1/wallets/w/operation", operation(amount) | {"operation_type": "s3cret-type"})
+    service.ask("POST", "/api/v1/wallets/w/operation", {"s3cret-field": amount})
+    service.ask("POST", "/api/v1/operations", {"operations": [{"wallet_uuid": "w"} | operation(amount)]}, **secret)
+    service.ask("GET", "/api/v1/wallets/w/operations?limit=5&token=s3cret-query")
+    service.ask("GET", "http://user:s3cret-user@w/healthz")
+    deny(superuser, "apply_operation(text, uuid, text, bigint)")
+    deny(superuser, "apply_operations(text[], uuid[], text[], bigint[])")
+    service.ask("POST", "/api/v1/wallets/w/operation", operation(amount), **secret)
+    service.stop()
+
+    said = service.errors.read_text() + service.output.read_text()
+    assert '"status":503' in said
+    assert "s3cret" not in said
+    assert str(amount) not in said
+
+
+@pytest.mark.parametrize("port", ["", ":x"])
+def test_a_database_that_is_not_reached_does_not_give_the_password_away(port: str) -> None:
+    for password in ("s3cret", "s3/cret", "s3#cret", "s3?cret", "s3@cret"):
+        url = f"postgresql://nobody:{password}@127.0.0.1{port}/nowhere?connect_timeout=1"
+        ran = subprocess.run(
+            COMMAND,
+            cwd=CHECKOUT,
+            env=environment_with(DATABASE_URL=url, PORT=str(free_port())),
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert ran.returncode == 1
+        assert "s3" not in ran.stdout + ran.stderr, ran.stderr
+        assert "cret" not in ran.stdout + ran.stderr, ran.stderr

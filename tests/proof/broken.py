@@ -1,0 +1,67 @@
+"""The service, broken on purpose: `python -m tests.proof.broken answers_early`. The proof must notice."""
+
+import asyncio
+import sys
+from collections.abc import Sequence
+
+import asyncpg
+
+from app import lanes
+from app.__main__ import main
+from app.database import connect
+from app.lanes import Outcome, Request
+
+COMMIT_DELAY = 0.05
+"""Seconds between an answer that comes too early and its commit."""
+
+
+class EarlyLine(lanes.Line):
+    """A line that gives the outcomes of a call before it commits them."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self._early_url = url
+        self._session: asyncpg.Connection | None = None
+        self._commit: asyncio.Task[None] | None = None
+
+    async def apply(self, requests: Sequence[Request]) -> list[Outcome]:
+        """Apply requests, and commit later."""
+        while True:
+            try:
+                return await self._apply_early(requests)
+            except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError):
+                await asyncio.sleep(0.05)
+
+    async def _apply_early(self, requests: Sequence[Request]) -> list[Outcome]:
+        if self._commit is not None:
+            commit, self._commit = self._commit, None
+            await commit
+        if self._session is None or self._session.is_closed():
+            self._session = await connect(self._early_url, "wallet lane")
+        transaction = self._session.transaction()
+        await transaction.start()
+        columns = [list(column) for column in zip(*requests, strict=True)]
+        rows = await self._session.fetch(
+            f"select {', '.join(Outcome._fields)} from wallet.apply_operations($1, $2, $3, $4)", *columns
+        )
+        self._commit = asyncio.create_task(self._commit_later(transaction))
+        return [Outcome(*row.values()) for row in rows]
+
+    async def _commit_later(self, transaction: asyncpg.transaction.Transaction) -> None:
+        await asyncio.sleep(COMMIT_DELAY)
+        await transaction.commit()
+
+
+def answers_early() -> None:
+    """Answer before the commit."""
+    lanes.Line = EarlyLine  # type: ignore[misc]
+
+
+def forgets_its_calls() -> None:
+    """Make a lost call again without recognising what it had applied itself."""
+    lanes._recognise = lambda _requests, outcomes: outcomes
+
+
+if __name__ == "__main__":
+    {"answers_early": answers_early, "forgets_its_calls": forgets_its_calls}[sys.argv[1]]()
+    sys.exit(main([]))

@@ -1,0 +1,399 @@
+"""What is done to the service and to PostgreSQL under the load of 64 clients, how often, and what it may cost."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import asyncpg
+import uvloop
+
+from app.embedded import Postgres, connection_url
+from app.migrations import LOGIN, dbmate
+from app.settings import CHECKOUT
+from tests.proof.clients import Load
+from tests.proof.history import UNKNOWN, History, findings
+from tests.proof.section import Account, Scale
+from tests.proof.stand import STAND, Stand, server, stand
+from tests.proxy import Point
+
+FUNCTIONS = CHECKOUT / "db" / "functions"
+RECOVERY = 1.0
+"""Seconds that the service has, from the database's first direct write on, until its first 200 after a long outage."""
+
+
+class Outage(Enum):
+    """How a fault compares with the deadline of a request."""
+
+    SHORTER = "no answer is a 5xx"
+    LONGER = "no 5xx but 503, and the service is back by itself within a second of the database"
+
+
+@dataclass
+class Trial:
+    """A stand under load, and what is noted about it."""
+
+    stand: Stand
+    load: Load
+    random: Random
+    account: Account
+
+    async def some_progress(self) -> None:
+        """Let a random number of operations succeed."""
+        await self.load.progress(self.random.randint(20, 400))
+
+    async def some_unavailable(self) -> None:
+        """Wait until the outage shows: some requests have had their 503."""
+        enough = self.load.history.statuses[503] + 64
+        async with asyncio.timeout(20):
+            while self.load.history.statuses[503] < enough:
+                await asyncio.sleep(0.01)
+
+    def note_recovery(self, seconds: float) -> None:
+        """Note how long the service took to be back."""
+        slowest = self.account.figures.get("worst recovery ms", 0)
+        self.account.figures["worst recovery ms"] = max(slowest, round(seconds * 1000, 1))
+
+    async def recovers(self, moment: float) -> float:
+        """Wait for a success after a moment, note how long it took, and return it."""
+        seconds = await self.load.success_after(moment) - moment
+        self.note_recovery(seconds)
+        return seconds
+
+    async def recovers_in_time(self, over: float) -> None:
+        """Wait for the database to take a write after an outage, then for the service: it has a second from there."""
+        back = await self.stand.database_writes()
+        seconds = max(await self.load.success_after(over) - back, 0)
+        self.note_recovery(seconds)
+        if seconds > RECOVERY:
+            self.account.findings.append(f"the service was back {seconds:.2f} s after the database")
+
+
+async def postgres_is_killed(trial: Trial) -> None:
+    await trial.some_progress()
+    await trial.stand.kill_postgres()
+    await trial.stand.start_postgres()
+    await trial.recovers(time.monotonic())
+
+
+async def service_is_killed(trial: Trial) -> None:
+    await trial.some_progress()
+    match trial.random.choice(("all", "supervisor", "worker")):
+        case "worker":
+            os.kill(trial.random.choice(trial.stand.workers()), signal.SIGKILL)
+        case which:
+            await trial.stand.kill_service(workers_too=which == "all")
+            await trial.stand.start_service()
+    await trial.recovers(time.monotonic())
+
+
+async def service_is_stopped(trial: Trial) -> None:
+    """SIGTERM. Accepted is a request that was sent before it on a connection that had carried an answer already.
+
+    Over a connection like that the service has accepted for certain; one that waits in the listener's backlog has only
+    been accepted by the kernel, and ends with the listener. What is sent later, on a connection that the service is
+    closing at that moment, may be lost as with any keep-alive connection: it is unknown, and asked for again.
+    """
+    await trial.some_progress()
+    stopped = time.monotonic()
+    await trial.stand.stop_service()
+    assert trial.stand.process is not None
+    if trial.stand.process.returncode != 0:
+        trial.account.findings.append(f"the service ended with {trial.stand.process.returncode} after SIGTERM")
+    await trial.stand.start_service()
+    await trial.recovers(time.monotonic())
+    attempts = [one for operation in trial.load.history.operations.values() for one in operation.attempts]
+    accepted = [one for one in attempts if one.sent < stopped < one.ended and not one.first_on_connection]
+    unanswered = sum(one.outcome == UNKNOWN for one in accepted)
+    trial.account.counts["accepted requests in flight"] += len(accepted)
+    if unanswered:
+        trial.account.findings.append(f"{unanswered} of {len(accepted)} accepted requests had no answer after SIGTERM")
+
+
+async def database_connection_is_cut(trial: Trial) -> None:
+    """Sometimes PostgreSQL isn't told, and its backend lives on: the lane has to end it. Nobody would end a read's."""
+    text = trial.random.choice((b"wallet.apply_operation", b"wallet.apply_operation", b"wallet.get_wallet"))
+    server_too = text == b"wallet.get_wallet" or trial.random.random() < 0.5
+    await cut(trial, text, server_too=server_too)
+
+
+async def client_connection_is_cut(trial: Trial) -> None:
+    text = trial.random.choice((b"/operation ", b"/operation ", b"/operations ", b"GET /api/v1/wallets/"))
+    await cut(trial, text, server_too=True)
+
+
+async def cut(trial: Trial, text: bytes, *, server_too: bool) -> None:
+    """Cut the next call about a text, at each point in turn."""
+    assert trial.stand.proxy is not None
+    point = list(Point)[trial.account.counts["cuts"] % len(Point)]
+    async with asyncio.timeout(30):
+        await trial.stand.proxy.cut_next(text, point, server_too=server_too)
+    trial.account.counts["cuts"] += 1
+    trial.account.counts[point.value.replace("_", " ")] += 1
+    await trial.load.progress(trial.random.randint(0, 8))
+
+
+async def backend_is_ended(trial: Trial) -> None:
+    """pg_terminate_backend or pg_cancel_backend on one of the service's backends, a busy one if there is one."""
+    ending = ("pg_terminate_backend", "pg_cancel_backend")[trial.account.counts["faults"] % 2]
+    backends = f"select pid, state from pg_stat_activity where usename = '{LOGIN}' order by state <> 'active', pid"
+    connection = await asyncpg.connect(trial.stand.database)
+    try:
+        while not (rows := await connection.fetch(backends)):
+            await asyncio.sleep(0.005)
+        pid = trial.random.choice([row["pid"] for row in rows if row["state"] == rows[0]["state"]])
+        await connection.fetch(f"select {ending}($1)", pid)
+    finally:
+        connection.terminate()
+    trial.account.counts[ending] += 1
+    await trial.load.progress(trial.random.randint(0, 20))
+
+
+async def postgres_is_frozen(trial: Trial) -> None:
+    await trial.some_progress()
+    trial.stand.freeze_postgres()
+    await asyncio.sleep(trial.random.uniform(1.2, 2))  # the fault itself: longer than the deadline
+    over = time.monotonic()
+    trial.stand.thaw_postgres()
+    await trial.recovers_in_time(over)
+
+
+async def disk_is_full(trial: Trial) -> None:
+    await trial.some_progress()
+    filler = trial.stand.postgres.home / "filler"
+    with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(2**20))
+    try:
+        await trial.some_unavailable()
+    finally:
+        over = time.monotonic()
+        filler.unlink()
+    if not trial.stand.postgres.is_running():  # it gives up when it cannot write its log, and an operator starts it
+        trial.account.counts["PostgreSQL gave up"] += 1
+        await trial.stand.start_postgres()
+    await trial.recovers_in_time(over)
+
+
+async def connections_are_exhausted(trial: Trial) -> None:
+    await trial.some_progress()
+    url = connection_url(trial.stand.postgres.socket_dir, LOGIN, STAND)
+    service = f"pg_stat_activity where usename = '{LOGIN}' and application_name like 'wallet%'"
+    taken: list[asyncpg.Connection] = []
+    operator = await asyncpg.connect(trial.stand.database)
+    try:
+        while await operator.fetchval(f"select count(pg_terminate_backend(pid)) from {service}"):
+            with contextlib.suppress(asyncpg.TooManyConnectionsError):
+                while True:
+                    taken.append(await asyncpg.connect(url, server_settings={"application_name": "somebody else"}))
+        await trial.some_unavailable()
+    finally:
+        over = time.monotonic()
+        for connection in (*taken, operator):
+            connection.terminate()
+    await trial.recovers_in_time(over)
+
+
+async def database_is_read_only(trial: Trial) -> None:
+    await trial.some_progress()
+    await trial.stand.sql("alter system set default_transaction_read_only = on")
+    await trial.stand.sql("select pg_reload_conf()")
+    try:
+        await trial.some_unavailable()
+    finally:
+        over = time.monotonic()
+        await trial.stand.sql("alter system reset default_transaction_read_only")
+        await trial.stand.sql("select pg_reload_conf()")
+    await trial.recovers_in_time(over)
+
+
+async def functions_are_replaced(trial: Trial) -> None:
+    """Every function anew, and dbmate twice at once: on this database, which is migrated, and on an empty one."""
+    await trial.some_progress()
+    replaced = time.monotonic()
+    await trial.stand.script("\n".join(path.read_text() for path in sorted(FUNCTIONS.glob("*.sql"))))
+    await trial.recovers(replaced)
+
+    await trial.stand.sql("create database empty template template0")
+    empty = trial.stand.postgres.url("postgres", "empty")
+    for url in (trial.stand.database, empty):
+        twice = (asyncio.to_thread(dbmate, url, "migrations", "--migration-lock", "migrate") for _ in range(2))
+        await asyncio.gather(*twice)
+        trial.account.counts["dbmate migrate twice at once"] += 1
+    migrated = await asyncpg.connect(empty)
+    applied = [version for (version,) in await migrated.fetch("select version from schema_migrations order by version")]
+    migrated.terminate()
+    if applied != [path.name.partition("_")[0] for path in sorted(FUNCTIONS.parent.glob("migrations/*.sql"))]:
+        trial.account.findings.append(f"dbmate twice at once on an empty database applied {applied}")
+    await trial.stand.sql("drop database empty with (force)")
+
+
+@contextlib.contextmanager
+def small_disk() -> Iterator[Postgres]:
+    """A PostgreSQL whose data lies on a file system of 160 MB, where this user may mount one."""
+    with tempfile.TemporaryDirectory(prefix="wallet-proof-") as folder:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=160m,mode=711", "tmpfs", folder], check=True)
+        try:
+            with server(Path(folder) / "data") as postgres:
+                yield postgres
+        finally:
+            subprocess.run(["umount", folder], check=True)
+
+
+def can_mount() -> bool:
+    """Tell whether this user may mount a file system."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            subprocess.run(["mount", "-t", "tmpfs", "tmpfs", folder], check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError):
+            return False
+        subprocess.run(["umount", folder], check=True)
+        return True
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A row of the table: what is done, how often at full length and in the short form, and what it may cost."""
+
+    cycle: Callable[[Trial], Awaitable[None]]
+    full: int
+    short: int
+    outage: Outage
+    proxy_before: str | None = None
+    settings: dict[str, str] = field(default_factory=dict)
+    server: Callable[[], contextlib.AbstractContextManager[Postgres]] = server
+
+    def __call__(self, scale: Scale) -> Account:
+        """Run the section: the first half of the cycles with one worker, the other with two."""
+        return run(trials(self, scale))
+
+
+QUICK = {"REQUEST_DEADLINE": "1"}
+"""So that an outage longer than the deadline need not be long."""
+
+FAULTS = {
+    # section                 what is done               full  short  what it may cost
+    "postgres-killed": Fault(postgres_is_killed, 100, 4, Outage.SHORTER),
+    "service-killed": Fault(service_is_killed, 100, 4, Outage.SHORTER),
+    "service-stopped": Fault(service_is_stopped, 50, 2, Outage.SHORTER),
+    "database-cut": Fault(database_connection_is_cut, 4 * 1000, 4 * 15, Outage.SHORTER, "database"),
+    "client-cut": Fault(client_connection_is_cut, 4 * 1000, 4 * 15, Outage.SHORTER, "service"),
+    "backends-ended": Fault(backend_is_ended, 2 * 1000, 2 * 20, Outage.SHORTER),
+    "postgres-frozen": Fault(postgres_is_frozen, 20, 1, Outage.LONGER, settings=QUICK),
+    "disk-full": Fault(disk_is_full, 10, 1, Outage.LONGER, settings=QUICK, server=small_disk),
+    "connections-exhausted": Fault(connections_are_exhausted, 6, 1, Outage.LONGER, settings=QUICK),
+    "read-only": Fault(database_is_read_only, 6, 1, Outage.LONGER, settings=QUICK),
+    "functions-replaced": Fault(functions_are_replaced, 50, 3, Outage.SHORTER),
+}
+
+
+def run(section: Coroutine[Any, Any, Account]) -> Account:
+    """Run a section in an event loop of its own."""
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(section)
+
+
+async def trials(fault: Fault, scale: Scale) -> Account:
+    """Run a fault's cycles and check the books after each half."""
+    account = Account()
+    if fault.server is small_disk and not can_mount():
+        account.counts["skipped: may not mount"] += 1
+        return account
+    times = scale.times(fault.full, fault.short)
+    with fault.server() as postgres:
+        for workers, cycles in ((1, times - times // 2), (2, times // 2)):
+            if cycles:
+                random = scale.random(f"{fault.cycle.__name__} {workers}")
+                settings = dict(fault.settings)
+                async with stand(postgres, workers, proxy_before=fault.proxy_before, **settings) as running:
+                    await under_load(fault, running, cycles, random, account)
+    return account
+
+
+async def under_load(fault: Fault, running: Stand, cycles: int, random: Random, account: Account) -> None:
+    """Run some cycles under the load of 64 clients, settle what is unknown, and check the books."""
+    history = History()
+    load = Load(running.front, random, history, float(fault.settings.get("REQUEST_DEADLINE", "10")))
+    await load.create_wallets()
+    trial = Trial(running, load, random, account)
+    async with load.running(running.database):
+        try:
+            await load.progress(100)
+            for _ in range(cycles):
+                await fault.cycle(trial)
+                account.counts["faults"] += 1
+        except TimeoutError:
+            account.findings.append(f"no progress after fault {account.counts['faults'] + 1}: {last_line(running.log)}")
+        if not running.is_running():
+            await running.start_service()
+    await check(running, load, account)
+    for status, times in history.statuses.items():
+        if status > 500 - (fault.outage is Outage.SHORTER) and not (status == 503 and fault.outage is Outage.LONGER):
+            account.findings.append(f"{times} answers of {status}")
+
+
+async def check(running: Stand, load: Load, account: Account) -> None:
+    """Settle what is unknown, once nothing is under way any more, and check the books."""
+    history = load.history
+    await running.is_quiet()
+    unknown = history.open()
+    await load.settle()
+    books = running.books()
+    account.findings += findings(history, books)
+    account.findings += [f"in the service's log: {line}" for line in failures(running.log)]
+    attempts = [one.outcome for operation in history.operations.values() for one in operation.attempts]
+    applied = sum(operation.acknowledged is not None for operation in history.operations.values())
+    account.counts["asked"] += len(history.operations)
+    account.counts["attempts"] += len(attempts)
+    account.counts["applied"] += applied
+    account.counts["rejected"] += len(history.operations) - applied
+    account.counts["unknown"] += attempts.count(UNKNOWN)
+    account.counts["settled at the end"] += len(unknown)
+    account.counts["5xx"] += sum(times for status, times in history.statuses.items() if status >= 500)
+    account.counts["429"] += history.statuses[429]
+    account.counts["reads"] += len(history.reads)
+    account.counts["lines logged"] += running.log.read_bytes().count(b"\n")
+
+
+def failures(log: Path) -> list[str]:
+    """Return the lines of the service's log that tell of an exception that nobody expected; a few at most."""
+    lines = log.read_text(errors="replace").splitlines()
+    return [line[:400] for line in lines if "exception" in line or "Traceback" in line][:3]
+
+
+def last_line(log: Path) -> str:
+    """Return the last line of the service's log."""
+    return (log.read_text(errors="replace").splitlines() or [""])[-1][:300]
+
+
+def thousand_connections(scale: Scale) -> Account:
+    """A thousand connections at once to a service with two connections for reads: each has its 2xx or 429."""
+    return run(crowd(scale))
+
+
+async def crowd(scale: Scale) -> Account:
+    """Run the section of a thousand connections, with one worker and then with two."""
+    account = Account()
+    with server() as postgres:
+        for workers in (1, 2):
+            random = scale.random(f"crowd {workers}")
+            async with stand(postgres, workers, POOL_SIZE="2") as running:
+                load = Load(running.front, random, History())
+                await load.create_wallets()
+                over = time.monotonic() + scale.times(30, 3)
+                await asyncio.gather(*(load.deposit_and_read(random, over) for _ in range(1000)))
+                account.counts["connections"] += 1000
+                await check(running, load, account)
+                told = {s: n for s, n in load.history.statuses.items() if s not in (200, 429)}
+                if told:
+                    account.findings.append(f"answers that are neither 2xx nor 429: {told}")
+    return account

@@ -1,0 +1,289 @@
+"""What the proof runs on: a PostgreSQL of its own with everything durable, and the service, both as real processes."""
+
+import asyncio
+import contextlib
+import functools
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import psycopg
+
+from app.embedded import Postgres, connection_url
+from app.migrations import LOGIN, dbmate
+from app.settings import CHECKOUT
+from tests.api.test_process import environment_with, free_port
+from tests.proof.clients import Connection, Lost
+from tests.proof.history import Books, Row
+from tests.proxy import Http, Proxy
+from tests.proxy import Postgres as PostgresTalk
+
+TEMPLATE = "wallet"
+"""The migrated database without a wallet from which each stand's own is cloned."""
+STAND = "proof"
+
+
+def tree(pid: int) -> list[int]:
+    """Return a process and all its descendants, parents first."""
+    children: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            parent = int(stat.read_text().rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(int(stat.parent.name))
+    found = [pid]
+    for one in found:
+        found += children.get(one, [])
+    return found
+
+
+def signal_tree(pid: int, number: signal.Signals) -> None:
+    """Signal a process and all its descendants; its parent is stopped first, so that none is forked meanwhile."""
+    if number is not signal.SIGCONT:
+        os.kill(pid, signal.SIGSTOP)
+    for one in reversed(tree(pid)):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(one, number)
+
+
+async def gone(process: subprocess.Popen[bytes], pids: list[int]) -> None:
+    """Wait until a process of ours and its descendants are gone, or zombies that somebody else has to reap."""
+    await asyncio.to_thread(process.wait, 30)
+    async with asyncio.timeout(30):
+        while any(is_alive(pid) for pid in pids):
+            await asyncio.sleep(0.005)
+
+
+def is_alive(pid: int) -> bool:
+    """Tell whether a process is there and no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@functools.cache
+def _template() -> tempfile.TemporaryDirectory[str]:
+    """A cluster with a migrated database and the service's login, to be copied; it goes when the process ends."""
+    folder = tempfile.TemporaryDirectory(prefix="wallet-proof-")
+    postgres = Postgres(Path(folder.name))
+    postgres.start()
+    try:
+        dbmate(postgres.url("postgres", TEMPLATE), "migrations", "up")
+        with psycopg.connect(postgres.url("postgres", TEMPLATE)) as connection:
+            connection.execute(f"create role {LOGIN} login in role wallet_app")
+    finally:
+        postgres.stop()
+    return folder
+
+
+@contextlib.contextmanager
+def server(folder: Path | None = None) -> Iterator[Postgres]:
+    """A PostgreSQL with its default settings, durable, in a folder or in a temporary one."""
+    with contextlib.ExitStack() as stack:
+        if folder is None:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="wallet-proof-")))
+        shutil.copytree(Path(_template().name) / "postgres", folder / "postgres")
+        postgres = Postgres(folder)
+        postgres.start()
+        stack.callback(postgres.stop)
+        yield postgres
+
+
+class Stand:
+    """A service on a database of its own, and what can be done to both."""
+
+    def __init__(
+        self, postgres: Postgres, workers: int, command: Iterable[str], log: Path, settings: dict[str, str]
+    ) -> None:
+        self.postgres = postgres
+        self.port = free_port()
+        self.front = self.port
+        """The port that clients use: the service's, or a proxy's."""
+        self.proxy: Proxy | None = None
+        self.database_host: Path | str = postgres.socket_dir
+        """Where the service finds its database: PostgreSQL, or a proxy."""
+        self.process: subprocess.Popen[bytes] | None = None
+        self.log = log
+        self._command = command
+        self._settings = {"PORT": str(self.port), "WORKERS": str(workers), "LOG_LEVEL": "WARNING", **settings}
+
+    @property
+    def database(self) -> str:
+        """The URI of the database for a superuser."""
+        return self.postgres.url("postgres", STAND)
+
+    async def start_service(self) -> None:
+        """Start the service and wait until it answers."""
+        url = connection_url(self.database_host, LOGIN, STAND)
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(  # noqa: ASYNC220
+                [sys.executable, "-m", *self._command],
+                cwd=CHECKOUT,
+                env=environment_with(DATABASE_URL=url, **self._settings),
+                stdout=subprocess.DEVNULL,
+                stderr=log,
+                start_new_session=True,
+            )
+        async with asyncio.timeout(30):
+            while not await self._answers():
+                if self.process.poll() is not None:
+                    raise AssertionError(f"the service does not start: {self.log.read_text()[-500:]}")
+                await asyncio.sleep(0.02)
+
+    async def _answers(self) -> bool:
+        with contextlib.suppress(Lost, TimeoutError), contextlib.closing(Connection(self.port, 5)) as connection:
+            async with asyncio.timeout(0.2):
+                await connection.open()
+            return (await connection.ask("/healthz")).status == 200
+        return False
+
+    async def stop_service(self) -> None:
+        """Stop the service as an operator does, and wait until it is gone."""
+        assert self.process is not None
+        self.process.terminate()
+        await asyncio.to_thread(self.process.wait, 60)
+
+    def is_running(self) -> bool:
+        """Tell whether the service runs."""
+        return self.process is not None and self.process.poll() is None
+
+    async def kill_service(self, *, workers_too: bool = True) -> None:
+        """Kill -9 the service, or its supervisor alone: the workers end with it."""
+        assert self.process is not None
+        pids = tree(self.process.pid)
+        if workers_too:
+            signal_tree(self.process.pid, signal.SIGKILL)
+        else:
+            self.process.kill()
+        await gone(self.process, pids)
+
+    def workers(self) -> list[int]:
+        """Return the pids of the service's workers."""
+        assert self.process is not None
+        return tree(self.process.pid)[1:]
+
+    async def kill_postgres(self) -> None:
+        """Kill -9 every process of PostgreSQL at once."""
+        assert self.postgres.process is not None
+        pids = tree(self.postgres.process.pid)
+        signal_tree(self.postgres.process.pid, signal.SIGKILL)
+        await gone(self.postgres.process, pids)
+
+    async def start_postgres(self) -> None:
+        """Start PostgreSQL again, through its recovery."""
+        await asyncio.to_thread(self.postgres.start)
+
+    def freeze_postgres(self) -> None:
+        """Stop every process of PostgreSQL where it stands."""
+        assert self.postgres.process is not None
+        signal_tree(self.postgres.process.pid, signal.SIGSTOP)
+
+    def thaw_postgres(self) -> None:
+        """Let PostgreSQL go on."""
+        assert self.postgres.process is not None
+        signal_tree(self.postgres.process.pid, signal.SIGCONT)
+
+    async def sql(self, query: str, *arguments: object) -> list[Any]:
+        """Run a statement as superuser on a connection of its own."""
+        connection = await asyncpg.connect(self.database, timeout=5)
+        try:
+            return await connection.fetch(query, *arguments, timeout=20)
+        finally:
+            connection.terminate()
+
+    async def script(self, statements: str) -> None:
+        """Run statements as superuser, in one transaction, on a connection of their own."""
+        connection = await asyncpg.connect(self.database, timeout=5)
+        try:
+            await connection.execute(statements, timeout=20)
+        finally:
+            connection.terminate()
+
+    async def database_writes(self, seconds: float = 30) -> float:
+        """Wait until the database takes a write directly, and return when it did."""
+        async with asyncio.timeout(seconds):
+            while True:
+                try:
+                    async with asyncio.timeout(1):
+                        await self.sql("insert into public.heartbeat default values")
+                    return time.monotonic()
+                except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError):
+                    await asyncio.sleep(0.01)
+
+    async def is_quiet(self) -> None:
+        """Wait until no call of the service is under way, neither in PostgreSQL nor in a worker."""
+        query = f"select count(*) from pg_stat_activity where usename = '{LOGIN}' and state <> 'idle'"
+        async with asyncio.timeout(60):
+            while await self._calls_in_flight() or (await self.sql(query))[0][0]:
+                await asyncio.sleep(0.01)
+
+    async def _calls_in_flight(self) -> bool:
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        writer.write(b"GET /metrics HTTP/1.1\r\nHost: wallet\r\nConnection: close\r\n\r\n")
+        metrics = (await reader.read()).decode()
+        writer.close()
+        lines = [line for line in metrics.splitlines() if line.startswith("wallet_calls_in_flight")]
+        return any(float(line.rpartition(" ")[2]) for line in lines)
+
+    def books(self) -> Books:
+        """Read what the database holds."""
+        with psycopg.connect(self.database) as connection:
+            rows = connection.execute(
+                "select wallet_uuid, seq, operation_uuid, operation_type, amount, balance_after from wallet.operation"
+                " order by wallet_uuid, seq"
+            )
+            ledger = [Row(*row) for row in rows]
+            wallets = {
+                name: (balance, seq)
+                for name, balance, seq in connection.execute("select uuid, balance, seq from wallet.wallet")
+            }
+            verified = [str(row) for row in connection.execute("select * from wallet.verify()")]
+        return Books(ledger, wallets, verified)
+
+
+@contextlib.asynccontextmanager
+async def stand(
+    postgres: Postgres,
+    workers: int,
+    *,
+    command: tuple[str, ...] = ("app",),
+    scripts: Iterable[str] = (),
+    proxy_before: str | None = None,
+    **settings: str,
+) -> AsyncIterator[Stand]:
+    """A running service on a new database, with a proxy before the `database` or the `service` if it is asked for.
+
+    `scripts` are run by the superuser before the service starts.
+    """
+    async with contextlib.AsyncExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="wallet-proof-", dir="/tmp"))
+        with psycopg.connect(postgres.url("postgres", "postgres"), autocommit=True) as connection:
+            connection.execute(f"drop database if exists {STAND} with (force)")
+            connection.execute(f"create database {STAND} template {TEMPLATE} strategy file_copy")
+        running = Stand(postgres, workers, command, Path(folder) / "log", settings)
+        for script in ("create table public.heartbeat (beat timestamptz default clock_timestamp())", *scripts):
+            await running.script(script)
+        if proxy_before == "database":
+            running.proxy = Proxy(f"{postgres.socket_dir}/.s.PGSQL.5432", PostgresTalk)
+            await running.proxy.listen(f"{folder}/.s.PGSQL.5432")
+            running.database_host = folder
+        elif proxy_before == "service":
+            running.proxy = Proxy(("127.0.0.1", running.port), Http)
+            await running.proxy.listen(("127.0.0.1", 0))
+            running.front = int(running.proxy.address[1])
+        if running.proxy is not None:
+            stack.push_async_callback(running.proxy.close)
+        try:
+            await running.start_service()
+            yield running
+        finally:
+            if running.is_running():
+                await running.kill_service()

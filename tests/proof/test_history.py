@@ -1,0 +1,230 @@
+"""The checker notices each kind of disagreement, and nothing else, in histories that are forged for it."""
+
+import time
+from random import Random
+from uuid import UUID
+
+import pytest
+
+from tests.proof.history import (
+    APPLIED,
+    DUPLICATE,
+    NO_MONEY,
+    OVERLOADED,
+    UNKNOWN,
+    Attempt,
+    Books,
+    History,
+    Operation,
+    Read,
+    Row,
+    violations,
+)
+
+
+def uuid(number: int) -> UUID:
+    return UUID(int=number)
+
+
+def asked(number: int, kind: str, amount: int, *attempts: tuple[float, float, str], wallet: str = "w") -> Operation:
+    return Operation(wallet, uuid(number), kind, amount, [Attempt(*attempt) for attempt in attempts])
+
+
+def history_of(*operations: Operation) -> History:
+    return History({operation.uuid: operation for operation in operations})
+
+
+def rows(*changes: tuple[int, int], wallet: str = "w") -> list[Row]:
+    """Return a wallet's ledger: the number of each operation, and what it adds."""
+    ledger, balance = [], 0
+    for seq, (number, change) in enumerate(changes, 1):
+        balance += change
+        kind = "DEPOSIT" if change > 0 else "WITHDRAW"
+        ledger.append(Row(wallet, seq, uuid(number), kind, abs(change), balance))
+    return ledger
+
+
+@pytest.fixture
+def history() -> History:
+    """Deposits of 10 (1) and 5 (2), a withdrawal of 12 (3), one that is refused (4); some sent again; two reads."""
+    forged = history_of(
+        asked(1, "DEPOSIT", 10, (0, 1, APPLIED), (7, 8, DUPLICATE)),
+        asked(2, "DEPOSIT", 5, (2, 3, UNKNOWN), (3, 4, OVERLOADED), (4, 5, DUPLICATE)),
+        asked(3, "WITHDRAW", 12, (6, 7, APPLIED)),
+        asked(4, "WITHDRAW", 4, (8, 9, NO_MONEY)),
+    )
+    forged.reads = [Read("w", 1.2, 1.4, 10), Read("w", 8, 9, 3)]
+    return forged
+
+
+@pytest.fixture
+def books() -> Books:
+    return Books(rows((1, 10), (2, 5), (3, -12)), {"w": (3, 3)})
+
+
+def broken(history: History, books: Books) -> set[str]:
+    return set(violations(history, books))
+
+
+def test_books_that_agree(history: History, books: Books) -> None:
+    assert violations(history, books) == {}
+
+
+def test_an_operation_that_nobody_asked_again_for(history: History, books: Books) -> None:
+    history.operations[uuid(5)] = asked(5, "WITHDRAW", 20, (5, 6, NO_MONEY), (6, 7, UNKNOWN), (8, 9, OVERLOADED))
+    assert broken(history, books) == {"every operation has a definite answer"}
+
+
+def test_a_refusal_during_an_unknown_attempt_decides_nothing() -> None:
+    assert asked(1, "WITHDRAW", 1, (0, 5, UNKNOWN), (4, 6, NO_MONEY)).is_open
+    assert not asked(1, "WITHDRAW", 1, (0, 5, UNKNOWN), (5, 6, NO_MONEY)).is_open
+    assert not asked(1, "WITHDRAW", 1, (0, 5, UNKNOWN), (4, 6, DUPLICATE)).is_open
+
+
+@pytest.mark.parametrize("code", ["wallet_not_found", "internal_error", "duplicate of another request"])
+def test_an_answer_that_cannot_be(code: str, history: History, books: Books) -> None:
+    history.operations[uuid(5)] = asked(5, "DEPOSIT", 1, (0, 1, code))
+    assert broken(history, books) == {"every answer is one that may come"}
+
+
+def test_a_lost_operation(history: History, books: Books) -> None:
+    history.operations[uuid(5)] = asked(5, "DEPOSIT", 1, (8, 9, APPLIED))
+    assert broken(history, books) == {"an acknowledged operation is recorded", "the money is what was acknowledged"}
+
+
+def test_a_lost_operation_that_was_settled_as_a_duplicate(history: History, books: Books) -> None:
+    history.operations[uuid(5)] = asked(5, "DEPOSIT", 1, (8, 9, UNKNOWN), (9, 10, DUPLICATE))
+    assert broken(history, books) == {"an acknowledged operation is recorded", "the money is what was acknowledged"}
+
+
+def test_an_operation_that_is_applied_twice(history: History) -> None:
+    books = Books(rows((1, 10), (2, 5), (3, -12), (1, 10)), {"w": (13, 4)})
+    assert {"an operation is recorded once", "the money is what was acknowledged"} <= broken(history, books)
+
+
+def test_an_operation_that_is_applied_twice_on_two_wallets(history: History, books: Books) -> None:
+    books.ledger += rows((1, 10), wallet="x")
+    books.wallets["x"] = (10, 1)
+    assert {"an operation is recorded once", "a recorded operation was asked for"} <= broken(history, books)
+
+
+def test_a_rejected_operation_that_is_applied(history: History) -> None:
+    history.operations[uuid(5)] = asked(5, "WITHDRAW", 1, (2, 3, UNKNOWN), (3, 3.5, NO_MONEY))
+    books = Books(rows((1, 10), (2, 5), (3, -12), (5, -1)), {"w": (2, 4)})
+    assert "a rejected operation is not recorded" in broken(history, books)
+
+
+def test_an_overloaded_operation_that_is_applied(history: History) -> None:
+    history.operations[uuid(5)] = asked(5, "DEPOSIT", 1, (8, 9, OVERLOADED))
+    books = Books(rows((1, 10), (2, 5), (3, -12), (5, 1)), {"w": (4, 4)})
+    assert "a rejected operation is not recorded" in broken(history, books)
+
+
+@pytest.mark.parametrize(
+    "row", [Row("w", 4, uuid(9), "DEPOSIT", 1, 4), Row("w", 4, uuid(4), "WITHDRAW", 3, 0)], ids=["nobody", "another"]
+)
+def test_an_operation_that_nobody_asked_for(row: Row, history: History, books: Books) -> None:
+    books.ledger.append(row)
+    books.wallets["w"] = (row.balance_after, 4)
+    assert "a recorded operation was asked for" in broken(history, books)
+
+
+def test_a_duplicate_of_nothing(history: History, books: Books) -> None:
+    history.operations[uuid(3)].attempts[0].outcome = DUPLICATE
+    assert broken(history, books) == {"a duplicate has an earlier attempt"}
+    history.operations[uuid(3)].attempts.append(Attempt(6.5, 8, APPLIED))
+    assert broken(history, books) == set()
+
+
+def test_a_gap(history: History, books: Books) -> None:
+    books.ledger[2] = books.ledger[2]._replace(seq=4)
+    assert broken(history, books) == {"seq has no gap and balances follow"}
+
+
+def test_a_balance_that_does_not_follow(history: History, books: Books) -> None:
+    books.ledger[1] = books.ledger[1]._replace(balance_after=16)
+    assert broken(history, books) == {"seq has no gap and balances follow"}
+
+
+def test_a_wallet_that_holds_something_else(history: History, books: Books) -> None:
+    books.wallets["w"] = (4, 3)
+    assert broken(history, books) == {"a balance is that of its ledger", "the money is what was acknowledged"}
+
+
+def test_a_ledger_without_a_wallet(history: History, books: Books) -> None:
+    del books.wallets["w"]
+    assert "a balance is that of its ledger" in broken(history, books)
+
+
+def test_a_wallet_that_counts_something_else(history: History, books: Books) -> None:
+    books.wallets["w"] = (3, 4)
+    assert broken(history, books) == {"a balance is that of its ledger"}
+
+
+def test_a_negative_balance(history: History) -> None:
+    books = Books(rows((3, -12), (1, 10), (2, 5)), {"w": (3, 3)})
+    assert "no balance is negative" in broken(history, books)
+
+
+def test_money_that_moved_for_a_withdrawal_that_was_refused(history: History) -> None:
+    books = Books(rows((1, 10), (2, 5), (3, -12), (4, -3)), {"w": (0, 4)})
+    assert "the money is what was acknowledged" in broken(history, books)
+
+
+def test_an_operation_before_one_that_was_answered_before_it_was_sent(history: History) -> None:
+    history.reads.clear()
+    books = Books(rows((2, 5), (1, 10), (3, -12)), {"w": (3, 3)})
+    assert broken(history, books) == {"what was answered before comes before"}
+
+
+def test_operations_under_way_at_once_come_in_any_order(history: History) -> None:
+    history.reads.clear()
+    history.operations[uuid(1)].attempts[0].ended = 2.5
+    books = Books(rows((2, 5), (1, 10), (3, -12)), {"w": (3, 3)})
+    assert broken(history, books) == set()
+
+
+@pytest.mark.parametrize(
+    "read", [Read("w", 1.2, 1.4, 15), Read("w", 8, 9, 15), Read("w", 8, 9, -1), Read("x", 0, 1, 1)]
+)
+def test_a_balance_that_never_was_or_was_no_more(read: Read, history: History, books: Books) -> None:
+    history.reads.append(read)
+    assert broken(history, books) == {"a balance that was read was the balance"}
+
+
+@pytest.mark.parametrize("balance", [10, 15])
+def test_a_balance_that_was_read_during_an_operation(balance: int, history: History, books: Books) -> None:
+    history.reads.append(Read("w", 2.5, 2.6, balance))
+    assert broken(history, books) == set()
+
+
+def test_a_withdrawal_that_was_refused_with_the_money_there(history: History, books: Books) -> None:
+    history.operations[uuid(5)] = asked(5, "WITHDRAW", 3, (8, 9, NO_MONEY))
+    assert broken(history, books) == {"a withdrawal is refused for want of money only"}
+
+
+def test_a_withdrawal_that_was_refused_before_the_money_came(history: History, books: Books) -> None:
+    history.operations[uuid(5)] = asked(5, "WITHDRAW", 11, (1.2, 2.5, NO_MONEY))
+    assert broken(history, books) == set()
+
+
+def test_what_verify_says(history: History, books: Books) -> None:
+    books.verified = ["seq has no gap"]
+    assert broken(history, books) == {"verify agrees"}
+
+
+def test_what_a_reader_saw(history: History, books: Books) -> None:
+    history.complaints["a snapshot in which balance and ledger disagree"] += 1
+    assert broken(history, books) == {"nobody complained"}
+
+
+def test_a_hundred_thousand_operations_take_seconds() -> None:
+    random, forged, changes = Random(1), History(), []
+    for number in range(1, 100_001):
+        sent = number + random.random() * 50
+        operation = asked(number, "DEPOSIT", 1, (sent, number + 100, APPLIED))
+        forged.operations[operation.uuid] = operation
+        changes.append((number, 1))
+    began = time.monotonic()
+    assert violations(forged, Books(rows(*changes), {"w": (100_000, 100_000)})) == {}
+    assert time.monotonic() - began < 20

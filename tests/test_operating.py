@@ -1,0 +1,229 @@
+"""The commands of db/README.md's "Operating it" are run as they stand there: migrations, backup and restore."""
+
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from uuid import UUID, uuid4
+
+import psycopg
+import pytest
+
+from app.embedded import BINARIES, Postgres, running_server
+from app.migrations import LOGIN, dbmate
+from app.settings import CHECKOUT
+from tests.api.test_process import Service, Start, environment_with, start, wait_until
+from tests.db.test_migrations import catalogue
+
+__all__ = ["start"]  # a fixture
+
+README = (CHECKOUT / "db" / "README.md").read_text()
+OLDEST = Path("/usr/lib/postgresql/15/bin")
+"""Where Debian keeps a PostgreSQL that is older than the embedded one."""
+PROGRAMS = ("pg_dumpall", "pg_dump", "pg_restore", "createdb", "psql", "pg_basebackup")
+
+pytestmark = pytest.mark.skipif(
+    not all((BINARIES / program).exists() for program in PROGRAMS),
+    reason=f"{BINARIES} does not have all of {', '.join(PROGRAMS)}",
+)
+
+
+def commands(heading: str) -> str:
+    """Return the sh block below a heading of the README."""
+    _, found, section = README.partition(f"\n### {heading}\n")
+    assert found, heading
+    [block] = re.findall(r"^```sh\n(.*?)^```$", section.partition("\n#")[0], re.DOTALL | re.MULTILINE)
+    return block
+
+
+def run(
+    script: str, folder: Path, server: Postgres | None = None, check: bool = True, **settings: str
+) -> subprocess.CompletedProcess[str]:
+    """Run commands in a folder, with the server that is meant and with its programs."""
+    programs = [str(server.binaries if server else BINARIES), str(Path(sys.executable).parent)]
+    environment = environment_with(
+        PATH=os.pathsep.join([*programs, os.environ["PATH"]]),
+        PGHOST=str(server.socket_dir) if server else "",
+        PGPORT="5432",
+        PGUSER="postgres",
+    )
+    ran = subprocess.run(
+        ["bash", "-c", script],
+        cwd=folder,
+        env=environment | settings,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert ran.returncode == 0 or not check, ran.stderr
+    return ran
+
+
+def lines(*scripts: str) -> str:
+    """Return scripts as one that ends with the first command that fails."""
+    return "\n".join(["set -e", *scripts])
+
+
+class Books:
+    """What a database says of its wallets: balances and operations, which are right."""
+
+    def __init__(self, url: str) -> None:
+        with psycopg.connect(url) as connection:
+            connection.execute("set transaction isolation level repeatable read")
+            assert connection.execute("select * from wallet.verify()").fetchall() == []
+            self.wallets = connection.execute("select * from wallet.wallet order by uuid").fetchall()
+            self.operations = connection.execute("select * from wallet.operation order by wallet_uuid, seq").fetchall()
+
+
+@pytest.fixture
+def new_server(tmp_path: Path) -> Iterator[Postgres]:
+    """A server where nothing is yet, no roles of ours either."""
+    postgres = Postgres(tmp_path / "new server", "fsync=off")
+    postgres.start()
+    yield postgres
+    postgres.stop()
+
+
+@pytest.fixture(params=[BINARIES, OLDEST], ids=["same_version", "from_version_15"])
+def old_server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
+    """A server with a migrated database in which wallet `w` holds 500, by seven operations."""
+    if not (request.param / "postgres").exists():
+        pytest.skip(f"there is no PostgreSQL in {request.param}")
+    folder = tmp_path_factory.mktemp("old")
+    for parent in (folder, *folder.parents[:2]):  # before version 16, programs leave their folder and come back
+        parent.chmod(0o711)
+    postgres = Postgres(folder, "fsync=off", binaries=request.param)
+    postgres.start()
+    with psycopg.connect(postgres.url("postgres", "postgres"), autocommit=True) as connection:
+        connection.execute("create database wallet")
+    dbmate(postgres.url("postgres"), "migrations", "migrate")
+    with psycopg.connect(postgres.url("postgres"), autocommit=True) as connection:
+        connection.execute(f"create role {LOGIN} login in role wallet_app")
+        connection.execute("select wallet.create_wallet('w')")
+        for amount in (100, 50, 50, 100, 100, 60, 40):
+            connection.execute("select wallet.apply_operation('w', %s, 'DEPOSIT', %s)", [uuid4(), amount])
+    yield postgres
+    postgres.stop()
+
+
+# Migrations
+
+
+def test_ci_migrates_and_is_told_whether_that_is_all(new_server: Postgres, tmp_path: Path) -> None:
+    migrate, status = commands("Migrations in CI").splitlines()
+    url = new_server.url("postgres")
+
+    def exit_code(command: str, url: str = url) -> int:
+        return run(command, CHECKOUT, check=False, DATABASE_URL=url).returncode
+
+    run("createdb wallet", tmp_path, new_server)
+    assert exit_code(status) == 1
+    assert exit_code(migrate) == 0
+    assert exit_code(status) == 0
+    assert exit_code(migrate) == 0
+    assert exit_code("dbmate --env-file dbmate.env rollback") == 0
+    assert exit_code(status) == 1
+    assert exit_code(status, f"postgres://nobody@/wallet?host={tmp_path}&sslmode=disable") == 2
+
+
+# Dump and restore
+
+
+def test_a_restored_database_is_the_same_and_the_service_goes_on(
+    old_server: Postgres, new_server: Postgres, tmp_path: Path, start: Start
+) -> None:
+    run(lines(commands("Backup")), tmp_path, old_server)
+
+    ran = run(commands("Restore"), tmp_path, new_server)
+
+    assert re.findall("ERROR: +(.*)", ran.stderr) == ['role "postgres" already exists']
+    assert "(0 rows)" in ran.stdout
+    before, after = Books(old_server.url("postgres")), Books(new_server.url("postgres"))
+    assert (after.wallets, after.operations) == (before.wallets, before.operations)
+    assert len(after.operations) == 7
+    with (
+        psycopg.connect(old_server.url("postgres")) as old,
+        psycopg.connect(new_server.url("postgres")) as new,
+    ):
+        told = catalogue(new)
+        if new.info.server_version == old.info.server_version:  # else each words the definitions in its own way
+            assert told == catalogue(old)
+        assert {owner for _, _, _, owner, _, _ in told["tables"]} == {"wallet_owner"}
+    with psycopg.connect(new_server.url(LOGIN)) as connection, pytest.raises(psycopg.errors.InsufficientPrivilege):
+        connection.execute("select from wallet.wallet")
+    assert run(commands("Migrations in CI"), CHECKOUT, DATABASE_URL=new_server.url("postgres")).returncode == 0
+
+    service = start(DATABASE_URL=new_server.url(LOGIN))
+    service.deposit("w", 5)
+    assert service.balance("w") == 505
+    assert service.ask("/api/v1/wallets", {})[1]["id"] == 2
+    assert Books(new_server.url("postgres")).operations[-1][3] == 8
+
+
+def test_without_the_roles_a_restore_fails(old_server: Postgres, new_server: Postgres, tmp_path: Path) -> None:
+    run(lines(commands("Backup")), tmp_path, old_server)
+    without_roles = [line for line in commands("Restore").splitlines() if "roles.sql" not in line]
+    assert len(without_roles) == len(commands("Restore").splitlines()) - 1
+
+    ran = run(lines(*without_roles), tmp_path, new_server, check=False)
+
+    assert ran.returncode != 0
+    assert 'role "wallet_owner" does not exist' in ran.stderr
+
+
+# A copy of a server at work
+
+
+def test_a_copy_of_a_server_at_work_holds_all_that_was_answered_before(start: Start, tmp_path: Path) -> None:
+    service = start()
+    *copying, serving = commands("Backup of a whole server").splitlines()
+    answered: list[UUID] = []
+    stop = threading.Event()
+
+    def client(wallet: str) -> None:
+        while not stop.is_set():
+            operation = {"operation_uuid": str(uuid4()), "operation_type": "DEPOSIT", "amount": 1}
+            if service.ask(f"/api/v1/wallets/{wallet}/operation", operation)[0] == 200:
+                answered.append(UUID(operation["operation_uuid"]))
+
+    clients = [threading.Thread(target=client, args=[wallet]) for wallet in ("1111111111", "2222222222")]
+    for thread in clients:
+        thread.start()
+    try:
+        wait_until(lambda: len(answered) > 100)
+        before = set(answered)
+        run(lines(*copying), tmp_path, PGHOST=socket_of(service))
+        during = len(answered)
+        wait_until(lambda: len(answered) > during + 100)
+    finally:
+        stop.set()
+        for thread in clients:
+            thread.join()
+    assert during > len(before)
+    original = Books(superuser_url(service.home))
+    service.stop()
+
+    assert serving == "WALLET_DATA_DIR=copy .venv/bin/python -m app"
+    copy = start(tmp_path / "copy")
+
+    copied = Books(superuser_url(copy.home))
+    last = {wallet[0]: wallet[3] for wallet in copied.wallets}
+    assert copied.operations == [operation for operation in original.operations if operation[3] <= last[operation[0]]]
+    assert before <= {operation[2] for operation in copied.operations}
+    copy.deposit("1111111111", 1)
+    assert Books(superuser_url(copy.home)).wallets[0][3] == last["1111111111"] + 1
+
+
+def socket_of(service: Service) -> str:
+    running = running_server(service.home)
+    assert running is not None
+    return running[1]
+
+
+def superuser_url(home: Path) -> str:
+    running = running_server(home)
+    assert running is not None
+    return f"postgresql://postgres@/wallet?host={running[1]}&port=5432"
