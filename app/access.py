@@ -41,7 +41,7 @@ async def access(request: web.Request, handler: Handler) -> web.StreamResponse:
     _histogram(method, route, response.status).observe(seconds)
     log = request.app[ACCESS_LOG]
     if log.enabled:
-        path, ms = request.raw_path[:200], round(seconds * 1000, 3)
+        path, ms = request.rel_url.raw_path[:200], round(seconds * 1000, 3)
         log.add(AccessLine(datetime.now(UTC), request_id, request.method, path, response.status, ms))
     return response
 

@@ -87,7 +87,8 @@ class Pool:
             except Refusal:
                 raise
             except asyncpg.PostgresError as error:
-                _log.warning("no answer from the database: SQLSTATE %s", error.sqlstate)
+                extra = {"sqlstate": error.sqlstate}
+                _log.warning("no answer from the database: SQLSTATE %s", error.sqlstate, extra=extra)
             except (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError) as error:
                 _log.warning("no answer from the database: %s", type(error).__name__)
             await asyncio.sleep(delay * random.uniform(0.5, 1.5))
@@ -118,8 +119,12 @@ async def check(url: str) -> None:
         connection = await asyncpg.connect(url, timeout=CONNECT_TIMEOUT)
     except TimeoutError:
         raise StartupError(f"cannot reach the database: no answer within {CONNECT_TIMEOUT:g} seconds") from None
-    except (OSError, ValueError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+    except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
         raise StartupError(f"cannot reach the database: {' '.join(str(error).split())}") from None
+    except ValueError:  # its text may hold a piece of the password
+        raise StartupError(
+            "cannot reach the database: DATABASE_URL is no URI; are special characters in its password percent-encoded?"
+        ) from None
     try:
         if not await is_migrated(connection):
             raise StartupError(

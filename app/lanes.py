@@ -132,7 +132,8 @@ class Line:
                 outcomes = await self._call(requests)
                 break
             except asyncpg.PostgresError as error:
-                _log.warning("a call failed and is made again: SQLSTATE %s", error.sqlstate)
+                extra = {"sqlstate": error.sqlstate}
+                _log.warning("a call failed and is made again: SQLSTATE %s", error.sqlstate, extra=extra)
                 lost = lost or (called and not session_survives(error))
             except (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError) as error:
                 _log.warning("a call was lost and is made again: %s", type(error).__name__)

@@ -7,7 +7,6 @@ from contextvars import ContextVar
 from datetime import UTC, datetime
 
 import msgspec
-from aiohttp.http_exceptions import HttpProcessingError
 
 REQUEST_ID: ContextVar[str | None] = ContextVar("request_id", default=None)
 """The id of the request that is being handled."""
@@ -25,12 +24,6 @@ def configure(level: str) -> None:
     handler.setFormatter(TerminalFormatter() if sys.stderr.isatty() else JsonFormatter())
     logging.basicConfig(level=level, handlers=[handler], force=True)
     logging.getLogger("asyncio").setLevel(logging.WARNING)
-    logging.getLogger("aiohttp.server").addFilter(is_not_bad_http)
-
-
-def is_not_bad_http(record: logging.LogRecord) -> bool:
-    """Tell whether a record is worth a line: what strangers send instead of HTTP is not, it has its 400."""
-    return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
 
 
 class JsonFormatter(logging.Formatter):
@@ -89,9 +82,9 @@ class AccessLog:
     def flush(self) -> None:
         """Write the lines that wait."""
         if self._lines:
-            sys.stderr.buffer.write(self._encode(self._lines))
+            lines, self._lines = self._lines, []
+            sys.stderr.buffer.write(self._encode(lines))
             sys.stderr.buffer.flush()
-            self._lines.clear()
 
 
 def terminal_lines(lines: list[AccessLine]) -> bytes:

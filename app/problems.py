@@ -147,6 +147,8 @@ async def problems(request: web.Request, handler: Handler) -> web.StreamResponse
     try:
         return await handler(request)
     except Problem as problem:
+        if problem.status >= 500:
+            _log.warning(problem.detail, extra={"code": problem.code})
         return problem.response()
     except web.HTTPException as error:
         if error.status < 400:
@@ -158,11 +160,12 @@ async def problems(request: web.Request, handler: Handler) -> web.StreamResponse
     except Refusal as error:
         return refusal(str(error.sqlstate), str(error)).response()
     except asyncpg.PostgresError as error:
-        _log.error("the database answered SQLSTATE %s: %s", error.sqlstate, type(error).__name__)
+        extra = {"sqlstate": error.sqlstate, "code": "unavailable"}
+        _log.error("the database answered SQLSTATE %s: %s", error.sqlstate, type(error).__name__, extra=extra)
         return unavailable("The database cannot serve this request now").response()
     except (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError) as error:
-        _log.warning("no answer from the database: %s", type(error).__name__)
+        _log.warning("no answer from the database: %s", type(error).__name__, extra={"code": "unavailable"})
         return unavailable("The database did not answer in time").response()
     except Exception:
-        _log.exception("unexpected error")
+        _log.exception("unexpected error", extra={"code": "internal_error"})
         return Problem(500, "internal_error", "Internal error").response()
