@@ -7,6 +7,7 @@ from contextvars import ContextVar
 from datetime import UTC, datetime
 
 import msgspec
+from aiohttp.web import RequestPayloadError
 
 REQUEST_ID: ContextVar[str | None] = ContextVar("request_id", default=None)
 """The id of the request that is being handled."""
@@ -24,6 +25,15 @@ def configure(level: str) -> None:
     handler.setFormatter(TerminalFormatter() if sys.stderr.isatty() else JsonFormatter())
     logging.basicConfig(level=level, handlers=[handler], force=True)
     logging.getLogger("asyncio").setLevel(logging.WARNING)
+    logging.getLogger("aiohttp.server").addFilter(is_not_bad_body)
+
+
+def is_not_bad_body(record: logging.LogRecord) -> bool:
+    """Tell whether a record is worth a line: a body that does not decode as its headers say has had its 400.
+
+    aiohttp reads on after that answer, meets the same error again and logs it with its traceback.
+    """
+    return not (record.exc_info and isinstance(record.exc_info[1], RequestPayloadError))
 
 
 class JsonFormatter(logging.Formatter):

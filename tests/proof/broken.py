@@ -59,7 +59,7 @@ def answers_early() -> None:
 
 def forgets_its_calls() -> None:
     """Make a lost call again without recognising what it had applied itself."""
-    lanes._recognise = lambda _requests, outcomes: outcomes
+    lanes._recognise = lambda requests, outcomes: outcomes
 
 
 if __name__ == "__main__":

@@ -230,7 +230,10 @@ class Load:
             return None
         repeated = self._recent and choice < 0.1
         operation = again or (random.choice(self._recent) if repeated else self._new(random))
-        await self.ask(connection, operation)
+        if again is not None and random.random() < 0.3:  # a client may ask again through the other path
+            await self.ask_for_many(connection, [operation])
+        else:
+            await self.ask(connection, operation)
         return operation if operation.is_open and random.random() < 0.5 else None
 
     def _new(self, random: Random, wallet: str | None = None, kind: str | None = None) -> Operation:

@@ -83,9 +83,13 @@ async def trial_of(control: Control, scale: Scale) -> Account:
     over = time.monotonic() + scale.times(30, 10)
     with server() as postgres:
         async with stand(
-            postgres, 2, command=control.command, scripts=control.scripts, proxy_before=control.proxy_before,
-            REQUEST_DEADLINE="2",
-        ) as running:  # fmt: skip
+            postgres,
+            2,
+            command=control.command,
+            scripts=control.scripts,
+            proxy_before=control.proxy_before,
+            settings={"REQUEST_DEADLINE": "2"},
+        ) as running:
             history = History()
             load = Load(running.front, random, history, deadline=2)
             await load.create_wallets()

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -27,6 +27,8 @@ from tests.proof.stand import STAND, Stand, server, stand
 from tests.proxy import Point
 
 FUNCTIONS = CHECKOUT / "db" / "functions"
+LOG_LINES = 1000
+"""Lines that the service may log about one fault, on the average."""
 RECOVERY = 1.0
 """Seconds that the service has, from the database's first direct write on, until its first 200 after a long outage."""
 
@@ -269,7 +271,7 @@ class Fault:
     short: int
     outage: Outage
     proxy_before: str | None = None
-    settings: dict[str, str] = field(default_factory=dict)
+    settings: Mapping[str, str] = field(default_factory=dict)
     server: Callable[[], contextlib.AbstractContextManager[Postgres]] = server
 
     def __call__(self, scale: Scale) -> Account:
@@ -313,8 +315,9 @@ async def trials(fault: Fault, scale: Scale) -> Account:
         for workers, cycles in ((1, times - times // 2), (2, times // 2)):
             if cycles:
                 random = scale.random(f"{fault.cycle.__name__} {workers}")
-                settings = dict(fault.settings)
-                async with stand(postgres, workers, proxy_before=fault.proxy_before, **settings) as running:
+                async with stand(
+                    postgres, workers, proxy_before=fault.proxy_before, settings=fault.settings
+                ) as running:
                     await under_load(fault, running, cycles, random, account)
     return account
 
@@ -336,9 +339,12 @@ async def under_load(fault: Fault, running: Stand, cycles: int, random: Random, 
         if not running.is_running():
             await running.start_service()
     await check(running, load, account)
+    if (lines := running.log.read_bytes().count(b"\n")) > LOG_LINES * cycles:
+        account.findings.append(f"the service logged {lines:,} lines about {cycles} faults")
+    allowed = {503} if fault.outage is Outage.LONGER else set()
     for status, times in history.statuses.items():
-        if status > 500 - (fault.outage is Outage.SHORTER) and not (status == 503 and fault.outage is Outage.LONGER):
-            account.findings.append(f"{times} answers of {status}")
+        if status >= 500 and status not in allowed:
+            account.findings.append(f"{times} answers of {status}: {fault.outage.value}")
 
 
 async def check(running: Stand, load: Load, account: Account) -> None:
@@ -386,7 +392,7 @@ async def crowd(scale: Scale) -> Account:
     with server() as postgres:
         for workers in (1, 2):
             random = scale.random(f"crowd {workers}")
-            async with stand(postgres, workers, POOL_SIZE="2") as running:
+            async with stand(postgres, workers, settings={"POOL_SIZE": "2"}) as running:
                 load = Load(running.front, random, History())
                 await load.create_wallets()
                 over = time.monotonic() + scale.times(30, 3)

@@ -94,7 +94,8 @@ def look_after(running: Service, account: Account) -> None:
         account.findings += [f"verify: {row}" for row in connection.execute("select * from wallet.verify()")]
     said = running.said()
     bad = [line for line in said.splitlines() if "Traceback" in line or '"level":"error"' in line or "Worker " in line]
-    account.findings += [f"in the log: {line[:1000]}" for line in bad[:10]]
+    if bad:
+        account.findings.append(f"{len(bad)} lines in the log that tell of a defect, the first ends: {bad[0][-500:]}")
 
 
 # What is sent: pieces, with a short pause after each. Each function is a kind of attack.

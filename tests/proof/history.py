@@ -239,7 +239,7 @@ class Timeline:
 
 def timelines_of(history: History, books: Books) -> defaultdict[str, Timeline]:
     """Return the timeline of each wallet, an empty one for a wallet that is not in the books."""
-    timelines = defaultdict(lambda: Timeline([], history))
+    timelines: defaultdict[str, Timeline] = defaultdict(lambda: Timeline([], history))
     timelines.update((wallet, Timeline(rows, history)) for wallet, rows in books.by_wallet().items())
     return timelines
 

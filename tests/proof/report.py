@@ -70,7 +70,7 @@ def told(name: str, account: Account, seconds: float) -> str:
 
 def done(counts: Mapping[str, int], figures: Mapping[str, float]) -> str:
     """Return what stands in no column, in words."""
-    others = {name: f"{number:,}" for name, number in counts.items() if name not in COLUMNS}
+    others = {name: f"{number:,}" for name, number in counts.items() if number and name not in COLUMNS}
     others |= {name: f"{figure:.1f}" for name, figure in figures.items()}
     return ", ".join(f"{name} {number}" for name, number in others.items())
 

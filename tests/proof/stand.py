@@ -10,14 +10,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import asyncpg
 import psycopg
 
-from app.embedded import Postgres, connection_url
+from app.embedded import Postgres, connection_url, die_with_parent
 from app.migrations import LOGIN, dbmate
 from app.settings import CHECKOUT
 from tests.api.test_process import environment_with, free_port
@@ -101,7 +102,7 @@ class Stand:
     """A service on a database of its own, and what can be done to both."""
 
     def __init__(
-        self, postgres: Postgres, workers: int, command: Iterable[str], log: Path, settings: dict[str, str]
+        self, postgres: Postgres, workers: int, command: Iterable[str], log: Path, settings: Mapping[str, str]
     ) -> None:
         self.postgres = postgres
         self.port = free_port()
@@ -127,10 +128,11 @@ class Stand:
             self.process = subprocess.Popen(  # noqa: ASYNC220
                 [sys.executable, "-m", *self._command],
                 cwd=CHECKOUT,
-                env=environment_with(DATABASE_URL=url, **self._settings),
+                env=environment_with(DATABASE_URL=url, TMPDIR=str(self.log.parent), **self._settings),
                 stdout=subprocess.DEVNULL,
                 stderr=log,
                 start_new_session=True,
+                preexec_fn=lambda: die_with_parent(signal.SIGKILL),
             )
         async with asyncio.timeout(30):
             while not await self._answers():
@@ -257,7 +259,7 @@ async def stand(
     command: tuple[str, ...] = ("app",),
     scripts: Iterable[str] = (),
     proxy_before: str | None = None,
-    **settings: str,
+    settings: Mapping[str, str] = MappingProxyType({}),
 ) -> AsyncIterator[Stand]:
     """A running service on a new database, with a proxy before the `database` or the `service` if it is asked for.
 
