@@ -26,6 +26,10 @@ from app.settings import Settings
 
 BULK_LINES = 2
 """Connections for bulk requests in each worker."""
+GIVE_UP = 0.95
+"""The part of a request's deadline after which its call is given up; in the rest its backend is ended."""
+ENDING_TIMEOUT = 0.25
+"""Seconds for that. If the database does not answer, the next call of the worker does it first."""
 
 _APPLY = """
 select
@@ -88,8 +92,12 @@ class Outcome(NamedTuple):
         )
 
 
-Waiting = tuple[Request, asyncio.Future[Outcome]]
-"""A request and the future of its outcome."""
+class Waiting(NamedTuple):
+    """A request, the future of its outcome, and when it is given up (on the loop's clock)."""
+
+    request: Request
+    outcome: asyncio.Future[Outcome]
+    until: float
 
 
 class Line:
@@ -97,51 +105,55 @@ class Line:
 
     One call at a time. A call whose outcome was lost is made again, once its backend is gone: otherwise a refusal could
     be answered now and the old call still apply the operation later. What the lost call had committed comes back as a
-    duplicate of the very same request, and is the success that it is.
+    duplicate of the very same request, and is the success that it is. `abandoned` are the backends of calls that were
+    given up by any line of this worker: none makes a call before they are gone, as a retry may come by another line.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, abandoned: set[Any] | None = None) -> None:
         self._url = url
         self._connection: Any = None
         self._backend: Any = None
-        self._abandoned: list[Any] = []
+        self._abandoned = set() if abandoned is None else abandoned
+        self._lost = False
 
-    async def apply(self, requests: Sequence[Request]) -> list[Outcome]:
+    async def apply(self, requests: Sequence[Request], until: float, *, again: bool = False) -> list[Outcome]:
         """Apply requests in one call and return their outcomes, in order, once they are committed.
 
-        Tries until the database gives a definite answer: bounded by the caller's timeout, after which nothing is known.
+        Tries until the database gives a definite answer. Raises TimeoutError at `until`, on the loop's clock: then
+        nothing is known, but if the database answers at all the call is over. `again`: the requests were in a call that
+        was given up, just before.
         """
+        if not again:
+            self._lost = False
         BATCH_SIZE.observe(len(requests))
         CALLS_IN_FLIGHT.inc()
         try:
-            outcomes = await self._apply(requests)
+            async with asyncio.timeout_at(until):
+                outcomes = await self._apply(requests)
+        except TimeoutError:
+            await self._end_given_up()
+            raise
         finally:
             CALLS_IN_FLIGHT.dec()
         count(requests, outcomes)
         return outcomes
 
     async def _apply(self, requests: Sequence[Request]) -> list[Outcome]:
-        lost = False
         delay = 0.02
         while True:
-            called = False
             try:
-                if self._connection is None or self._connection.is_closed():
-                    await self._connect()
-                called = True
+                await self._prepare()
                 outcomes = await self._call(requests)
                 break
             except asyncpg.PostgresError as error:
                 extra = {"sqlstate": error.sqlstate}
                 _log.warning("a call failed and is made again: SQLSTATE %s", error.sqlstate, extra=extra)
-                lost = lost or (called and not session_survives(error))
             except (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError) as error:
                 _log.warning("a call was lost and is made again: %s", type(error).__name__)
-                lost = lost or called
             RESENDS.inc()
             await asyncio.sleep(delay * random.uniform(0.5, 1.5))
             delay = min(delay * 2, 0.25)
-        return _recognise(requests, outcomes) if lost else outcomes
+        return _recognise(requests, outcomes) if self._lost else outcomes
 
     async def close(self) -> None:
         """Close the connection."""
@@ -162,32 +174,42 @@ class Line:
             raise
 
     def _abandon(self) -> None:
-        self._abandoned.append(self._backend)
+        self._lost = True
+        self._abandoned.add(self._backend)
         self._connection.terminate()
         self._connection = None
 
-    async def _connect(self) -> None:
-        connection = await connect(self._url, "wallet lane")
+    async def _prepare(self) -> None:
+        """Have a connection, and no abandoned backend."""
+        if self._connection is None or self._connection.is_closed():
+            self._connection = await connect(self._url, "wallet lane")
+            self._backend = None
         try:
+            if self._backend is None:
+                self._backend = await self._connection.fetchrow(
+                    "select pid, backend_start from pg_stat_activity where pid = pg_backend_pid()"
+                )
             while self._abandoned:
-                pid, started = self._abandoned[-1]
-                alive = await connection.fetchval(
+                backend = next(iter(self._abandoned))
+                alive = await self._connection.fetchval(
                     "select count(pg_terminate_backend(pid)) from pg_stat_activity"
                     " where pid = $1 and backend_start = $2",
-                    pid,
-                    started,
+                    *backend,
                 )
                 if alive:
                     await asyncio.sleep(0.01)
                 else:
-                    self._abandoned.pop()
-            self._backend = await connection.fetchrow(
-                "select pid, backend_start from pg_stat_activity where pid = pg_backend_pid()"
-            )
+                    self._abandoned.discard(backend)
         except BaseException:
-            connection.terminate()
+            self._connection.terminate()
             raise
-        self._connection = connection
+
+    async def _end_given_up(self) -> None:
+        gone = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
+        if self._abandoned:
+            with contextlib.suppress(*gone):
+                async with asyncio.timeout(ENDING_TIMEOUT):
+                    await self._prepare()
 
 
 def count(requests: Sequence[Request], outcomes: Sequence[Outcome]) -> None:
@@ -222,7 +244,7 @@ class Lane:
     def __init__(self, line: Line, settings: Settings, number: int = 0) -> None:
         self._line = line
         self._gauge = LANE_WAITING.labels(str(number))
-        self._deadline = settings.request_deadline
+        self._patience = settings.request_deadline * GIVE_UP
         self._batch = settings.lane_batch
         self._limit = settings.lane_queue
         self._waiting: deque[Waiting] = deque()
@@ -232,8 +254,9 @@ class Lane:
         """Queue a request and return the future of its outcome. Raises Problem (429) if too many wait already."""
         if len(self._waiting) >= self._limit:
             raise overloaded()
-        future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        self._waiting.append((request, future))
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Outcome] = loop.create_future()
+        self._waiting.append(Waiting(request, future, loop.time() + self._patience))
         self._arrived.set()
         return future
 
@@ -251,51 +274,62 @@ class Lane:
     def _next_batch(self) -> list[Waiting]:
         batch: list[Waiting] = []
         while self._waiting and len(batch) < self._batch:
-            request, future = self._waiting.popleft()
-            if not future.done():  # else its caller gave up before it was sent
-                batch.append((request, future))
+            waiting = self._waiting.popleft()
+            if not waiting.outcome.done():  # else its caller gave up before it was sent
+                batch.append(waiting)
         self._gauge.set(len(self._waiting))
         return batch
 
     async def _send(self, batch: list[Waiting]) -> None:
-        if not batch:
-            return
-        try:
-            async with asyncio.timeout(self._deadline):  # by then every caller has given up
-                outcomes = await self._line.apply([request for request, _ in batch])
-        except Exception as error:
-            if not isinstance(error, TimeoutError):
+        """Send a batch. The oldest request is given up before its caller gives up, and the call with it; others go on.
+
+        So nobody is told 503 while a call that may still apply his operation goes on.
+        """
+        again = False
+        while batch:
+            try:
+                outcomes = await self._line.apply([waiting.request for waiting in batch], batch[0].until, again=again)
+            except TimeoutError:
+                again = True
+                now = asyncio.get_running_loop().time()
+                overdue = [waiting for waiting in batch if waiting.until <= now]
+            except Exception:
                 _log.exception("a lane failed")
-            for _, future in batch:
-                if not future.done():
-                    future.set_exception(TimeoutError())
-            return
-        for (_, future), outcome in zip(batch, outcomes, strict=True):
-            if not future.done():
-                future.set_result(outcome)
+                overdue = batch
+            else:
+                for waiting, outcome in zip(batch, outcomes, strict=True):
+                    if not waiting.outcome.done():
+                        waiting.outcome.set_result(outcome)
+                return
+            for waiting in overdue:
+                if not waiting.outcome.done():
+                    waiting.outcome.set_exception(TimeoutError())
+            batch = [waiting for waiting in batch if not waiting.outcome.done()]
 
 
 class Bulk:
     """A few lines for batches that clients made themselves: each goes in a call of its own."""
 
-    def __init__(self, lines: Sequence[Line], limit: int) -> None:
+    def __init__(self, lines: Sequence[Line], settings: Settings) -> None:
         self._idle: asyncio.LifoQueue[Line] = asyncio.LifoQueue()
         for line in lines:
             self._idle.put_nowait(line)
-        self._limit = limit
+        self._limit = settings.bulk_queue
+        self._patience = settings.request_deadline * GIVE_UP
         self._waiting = 0
 
     async def apply(self, requests: Sequence[Request]) -> list[Outcome]:
         """Apply requests and return their outcomes, in order. Raises Problem (429) if too many batches wait already."""
         if self._waiting >= self._limit:
             raise overloaded()
+        until = asyncio.get_running_loop().time() + self._patience
         self._waiting += 1
         try:
             line = await self._idle.get()
         finally:
             self._waiting -= 1
         try:
-            return await line.apply(requests)
+            return await line.apply(requests, until)
         finally:
             self._idle.put_nowait(line)
 
@@ -319,9 +353,10 @@ async def lanes(app: web.Application) -> AsyncIterator[None]:
     """Run the lanes while the app runs. They end after the last handler has its answer."""
     settings = app[SETTINGS]
     assert settings.database_url is not None
-    lines = [Line(settings.database_url) for _ in range(settings.lanes + BULK_LINES)]
+    abandoned: set[Any] = set()
+    lines = [Line(settings.database_url, abandoned) for _ in range(settings.lanes + BULK_LINES)]
     app[LANES] = [Lane(line, settings, number) for number, line in enumerate(lines[: settings.lanes])]
-    app[BULK] = Bulk(lines[settings.lanes :], settings.bulk_queue)
+    app[BULK] = Bulk(lines[settings.lanes :], settings)
     tasks = [asyncio.create_task(lane.run()) for lane in app[LANES]]
     yield
     for task in tasks:

@@ -674,6 +674,47 @@ async def test_no_request_hangs_whenever_it_arrives(batch: int, client: TestClie
         assert recorded[wallet] == {}
 
 
+@pytest.mark.parametrize("door", ["lane", "bulk"])
+async def test_what_is_refused_after_a_503_is_not_applied_later(
+    door: str, database_url: str, superuser: psycopg.Connection, aiohttp_client: AiohttpClient
+) -> None:
+    settings = Settings(database_url=database_url, lanes=1, request_deadline=1)
+    one, other = [await aiohttp_client(make_app(settings)) for _ in range(2)]  # as two workers, or two machines
+    await create(one, {"a": 0, "w": 0, "pilot": 0})
+
+    with locked(superuser, "a"):  # the call waits for it, and hasn't looked at `w` yet
+        if door == "lane":
+            _, answer = await in_one_call(one, superuser, deposit(one, "a", 1), withdraw(one, "w", 100, A))
+            status = answer.status
+        else:
+            items = [
+                {"wallet_uuid": "a", "operation_uuid": str(B), "operation_type": "DEPOSIT", "amount": 1},
+                {"wallet_uuid": "w", "operation_uuid": str(A), "operation_type": "WITHDRAW", "amount": 100},
+            ]
+            status = (await one.post("/api/v1/operations", json={"operations": items})).status
+        assert status == 503
+        await problem(await withdraw(other, "w", 100, A), 400, "insufficient_funds")
+        assert (await deposit(other, "w", 100)).status == 200
+    await until(lambda: not lane_pids(superuser, "state = 'active'"))
+
+    assert applied(await history(other, "w"), A) == []
+
+
+async def test_what_shares_a_call_with_an_overdue_request_goes_on(
+    database_url: str, superuser: psycopg.Connection, aiohttp_client: AiohttpClient
+) -> None:
+    client = await aiohttp_client(make_app(Settings(database_url=database_url, lanes=1, request_deadline=2)))
+    await create(client, {"a": 0, "w": 0})
+    with locked(superuser, "a"):
+        first = asyncio.create_task(deposit(client, "a", 1))
+        await waiting_call(superuser)
+        await asyncio.sleep(1)  # the first is older by half of its deadline
+        second = asyncio.create_task(deposit(client, "w", 1))
+        await queued(client, 1)
+        assert (await first).status == 503
+        assert (await second).status == 200
+
+
 # What goes together
 
 
@@ -684,9 +725,9 @@ class WatchedLine(Line):
         super().__init__(url)
         self.calls: list[int] = []
 
-    async def apply(self, requests: Sequence[Request]) -> list[Outcome]:
+    async def apply(self, requests: Sequence[Request], until: float, *, again: bool = False) -> list[Outcome]:
         self.calls.append(len(requests))
-        return await super().apply(requests)
+        return await super().apply(requests, until, again=again)
 
 
 async def test_an_idle_lane_sends_at_once(client: TestClient, database_url: str) -> None:
