@@ -3,6 +3,7 @@
 import asyncio
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import asyncpg
 
@@ -18,8 +19,8 @@ COMMIT_DELAY = 0.05
 class EarlyLine(lanes.Line):
     """A line that gives the outcomes of a call before it commits them."""
 
-    def __init__(self, url: str) -> None:
-        super().__init__(url)
+    def __init__(self, url: str, abandoned: set[Any] | None = None) -> None:
+        super().__init__(url, abandoned)
         self._early_url = url
         self._session: asyncpg.Connection | None = None
         self._commit: asyncio.Task[None] | None = None
