@@ -13,7 +13,7 @@ from aiohttp import web
 
 from app.messages import Operation, Wallet
 from app.metrics import POOL_IN_USE
-from app.problems import Refusal
+from app.problems import NO_ANSWER, Refusal
 from app.settings import Settings, StartupError
 
 FUNCTIONS = (
@@ -89,7 +89,7 @@ class Pool:
             except asyncpg.PostgresError as error:
                 extra = {"sqlstate": error.sqlstate}
                 _log.warning("no answer from the database: SQLSTATE %s", error.sqlstate, extra=extra)
-            except (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError) as error:
+            except NO_ANSWER as error:
                 _log.warning("no answer from the database: %s", type(error).__name__)
             await asyncio.sleep(delay * random.uniform(0.5, 1.5))
             delay = min(delay * 2, 0.25)

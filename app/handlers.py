@@ -2,7 +2,6 @@
 
 import asyncio
 
-import asyncpg
 import msgspec
 from aiohttp import web
 
@@ -25,7 +24,7 @@ from app.messages import (
     respond,
     wallet_uuid,
 )
-from app.problems import REFUSALS, Problem, refusal
+from app.problems import NO_SUCCESS, REFUSALS, Problem, refusal
 
 READY_TIMEOUT = 2.0
 """Seconds that the database has to answer a readiness check."""
@@ -92,7 +91,7 @@ async def readyz(request: web.Request) -> web.Response:
     try:
         async with asyncio.timeout(READY_TIMEOUT), request.app[POOL].connection() as connection:
             migrated = await database.is_migrated(connection)
-    except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError):
+    except NO_SUCCESS:
         raise Problem(503, "unavailable", "The database does not answer", headers={"Retry-After": "1"}) from None
     if not migrated:
         raise Problem(503, "not_migrated", "The database is not migrated", headers={"Retry-After": "1"})

@@ -21,7 +21,7 @@ from aiohttp import web
 from app.database import SETTINGS, connect, session_survives
 from app.messages import Operation
 from app.metrics import BATCH_SIZE, CALLS_IN_FLIGHT, LANE_WAITING, OPERATIONS, RESENDS
-from app.problems import REFUSALS, Problem, Refusal
+from app.problems import NO_ANSWER, NO_SUCCESS, REFUSALS, Problem, Refusal
 from app.settings import Settings
 
 BULK_LINES = 2
@@ -148,7 +148,7 @@ class Line:
             except asyncpg.PostgresError as error:
                 extra = {"sqlstate": error.sqlstate}
                 _log.warning("a call failed and is made again: SQLSTATE %s", error.sqlstate, extra=extra)
-            except (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError) as error:
+            except NO_ANSWER as error:
                 _log.warning("a call was lost and is made again: %s", type(error).__name__)
             RESENDS.inc()
             await asyncio.sleep(delay * random.uniform(0.5, 1.5))
@@ -181,11 +181,9 @@ class Line:
 
     async def _prepare(self) -> None:
         """Have a connection, and no abandoned backend."""
-        if self._connection is None or self._connection.is_closed():
-            self._connection = await connect(self._url, "wallet lane")
-            self._backend = None
         try:
-            if self._backend is None:
+            if self._connection is None or self._connection.is_closed():
+                self._connection = await connect(self._url, "wallet lane")
                 self._backend = await self._connection.fetchrow(
                     "select pid, backend_start from pg_stat_activity where pid = pg_backend_pid()"
                 )
@@ -201,13 +199,12 @@ class Line:
                 else:
                     self._abandoned.discard(backend)
         except BaseException:
-            self._connection.terminate()
+            await self.close()
             raise
 
     async def _end_given_up(self) -> None:
-        gone = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
         if self._abandoned:
-            with contextlib.suppress(*gone):
+            with contextlib.suppress(*NO_SUCCESS):
                 async with asyncio.timeout(ENDING_TIMEOUT):
                     await self._prepare()
 

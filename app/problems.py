@@ -25,6 +25,11 @@ class Refusal(asyncpg.PostgresError):
     """A function in db/ refused its arguments: a definite answer, nothing was changed."""
 
 
+NO_ANSWER = (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError)
+"""What asyncpg raises if a connection cannot be had or was lost: whether a call took effect is unknown."""
+NO_SUCCESS = (asyncpg.PostgresError, *NO_ANSWER)
+"""Whatever can come of a call but its rows."""
+
 for _sqlstate in REFUSALS:  # asyncpg raises the class that declares the SQLSTATE
     type(f"Refusal{_sqlstate}", (Refusal,), {"sqlstate": _sqlstate})
 
@@ -163,7 +168,7 @@ async def problems(request: web.Request, handler: Handler) -> web.StreamResponse
         extra = {"sqlstate": error.sqlstate, "code": "unavailable"}
         _log.error("the database answered SQLSTATE %s: %s", error.sqlstate, type(error).__name__, extra=extra)
         return unavailable("The database cannot serve this request now").response()
-    except (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError) as error:
+    except NO_ANSWER as error:
         _log.warning("no answer from the database: %s", type(error).__name__, extra={"code": "unavailable"})
         return unavailable("The database did not answer in time").response()
     except Exception:

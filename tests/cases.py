@@ -16,6 +16,18 @@ MESSAGES = {
     "WA419": "Wallet already exists",
 }
 """What goes with each SQLSTATE. WA400 is not here: it says what is wrong with the argument."""
+NIL_MESSAGE = "operation_uuid must not be the nil UUID"
+
+PROBLEMS = {
+    "WA400": (400, "invalid_request"),
+    "WA402": (400, "insufficient_funds"),
+    "WA404": (404, "wallet_not_found"),
+    "WA409": (400, "duplicate_operation"),
+    "WA414": (404, "operation_not_found"),
+    "WA416": (400, "balance_out_of_range"),
+    "WA419": (400, "wallet_exists"),
+}
+"""The status and the code with which REST answers each SQLSTATE."""
 
 
 class Request(NamedTuple):

@@ -12,10 +12,11 @@ from uuid import UUID, uuid4
 import psycopg
 import pytest
 
-from app.embedded import BINARIES, Postgres, running_server
+from app.embedded import BINARIES, Postgres
 from app.migrations import LOGIN, dbmate
 from app.settings import CHECKOUT
-from tests.api.test_process import Service, Start, environment_with, start, wait_until
+from tests.api.test_process import Start, environment_with, start, wait_until
+from tests.conftest import open_folder
 from tests.db.test_migrations import catalogue
 
 __all__ = ["start"]  # a fixture
@@ -92,10 +93,7 @@ def old_server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     """A server with a migrated database in which wallet `w` holds 500, by seven operations."""
     if not (request.param / "postgres").exists():
         pytest.skip(f"there is no PostgreSQL in {request.param}")
-    folder = tmp_path_factory.mktemp("old")
-    for parent in (folder, *folder.parents[:2]):  # before version 16, programs leave their folder and come back
-        parent.chmod(0o711)
-    postgres = Postgres(folder, "fsync=off", binaries=request.param)
+    postgres = Postgres(open_folder(tmp_path_factory, "old"), "fsync=off", binaries=request.param)
     postgres.start()
     with psycopg.connect(postgres.url("postgres", "postgres"), autocommit=True) as connection:
         connection.execute("create database wallet")
@@ -195,7 +193,7 @@ def test_a_copy_of_a_server_at_work_holds_all_that_was_answered_before(start: St
     try:
         wait_until(lambda: len(answered) > 100)
         before = set(answered)
-        run(lines(*copying), tmp_path, PGHOST=socket_of(service))
+        run(lines(*copying), tmp_path, PGHOST=service.server()[1])
         during = len(answered)
         wait_until(lambda: len(answered) > during + 100)
     finally:
@@ -203,27 +201,15 @@ def test_a_copy_of_a_server_at_work_holds_all_that_was_answered_before(start: St
         for thread in clients:
             thread.join()
     assert during > len(before)
-    original = Books(superuser_url(service.home))
+    original = Books(service.url())
     service.stop()
 
     assert serving == "WALLET_DATA_DIR=copy .venv/bin/python -m app"
     copy = start(tmp_path / "copy")
 
-    copied = Books(superuser_url(copy.home))
+    copied = Books(copy.url())
     last = {wallet[0]: wallet[3] for wallet in copied.wallets}
     assert copied.operations == [operation for operation in original.operations if operation[3] <= last[operation[0]]]
     assert before <= {operation[2] for operation in copied.operations}
     copy.deposit("1111111111", 1)
-    assert Books(superuser_url(copy.home)).wallets[0][3] == last["1111111111"] + 1
-
-
-def socket_of(service: Service) -> str:
-    running = running_server(service.home)
-    assert running is not None
-    return running[1]
-
-
-def superuser_url(home: Path) -> str:
-    running = running_server(home)
-    assert running is not None
-    return f"postgresql://postgres@/wallet?host={running[1]}&port=5432"
+    assert Books(copy.url()).wallets[0][3] == last["1111111111"] + 1

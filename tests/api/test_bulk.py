@@ -18,7 +18,7 @@ from app.settings import Settings
 from tests.api.door import MAX, balance, create, deposit, history, problem, withdraw
 from tests.api.test_cases import PROBLEMS
 from tests.api.test_lanes import locked, proxy_before, through, until
-from tests.cases import CASES, MESSAGES, NIL, Case
+from tests.cases import CASES, MESSAGES, NIL, NIL_MESSAGE, Case
 from tests.proxy import Point, Proxy
 
 A, B, C, D, E, F = (UUID(f"{letter * 8}-0000-4000-8000-000000000000") for letter in "abcdef")
@@ -279,7 +279,7 @@ async def test_all_in_one_request(case: Case, client: TestClient) -> None:
         if request.outcome is None:
             assert result["applied"] is True
         else:
-            message = MESSAGES.get(request.outcome, "operation_uuid must not be the nil UUID")
+            message = MESSAGES.get(request.outcome, NIL_MESSAGE)
             assert result == refusal(PROBLEMS[request.outcome][1], message)
     assert {wallet: await balance(client, wallet) for wallet in case.wallets} == case.balances
 

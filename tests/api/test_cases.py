@@ -5,16 +5,7 @@ import pytest
 from aiohttp.test_utils import TestClient
 
 from tests.api.door import apply, balance, create, problem
-from tests.cases import CASES, MESSAGES, Case
-
-PROBLEMS = {
-    "WA400": (400, "invalid_request"),
-    "WA402": (400, "insufficient_funds"),
-    "WA404": (404, "wallet_not_found"),
-    "WA409": (400, "duplicate_operation"),
-    "WA416": (400, "balance_out_of_range"),
-}
-"""SQLSTATE → status and code."""
+from tests.cases import CASES, MESSAGES, PROBLEMS, Case
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case.name.replace(" ", "_") for case in CASES])

@@ -76,14 +76,20 @@ class Service:
 
     def postgres(self) -> int:
         """Return the pid of the embedded PostgreSQL."""
+        return self.server()[0]
+
+    def server(self) -> tuple[int, str]:
+        """Return the pid of the embedded PostgreSQL and the folder of its socket."""
         running = running_server(self.home)
         assert running is not None
-        return running[0]
+        return running
+
+    def url(self, user: str = "postgres") -> str:
+        """Return the URI of the database for a user."""
+        return connection_url(self.server()[1], user, "wallet")
 
     def superuser(self) -> psycopg.Connection:
-        running = running_server(self.home)
-        assert running is not None
-        return psycopg.connect(connection_url(running[1], "postgres", "wallet"))
+        return psycopg.connect(self.url())
 
     def stop(self, how: signal.Signals = signal.SIGTERM) -> int:
         """Signal the process and return its exit code."""
@@ -110,8 +116,15 @@ def wait_until(come_true: Callable[[], Any], seconds: float = 30) -> None:
 def kill(pid: int) -> None:
     """Kill -9 a process and wait until it is gone, or a zombie that its parent has to reap."""
     os.kill(pid, signal.SIGKILL)
-    stat = Path(f"/proc/{pid}/stat")
-    wait_until(lambda: not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z")
+    wait_until(lambda: not is_alive(pid))
+
+
+def is_alive(pid: int) -> bool:
+    """Tell whether a process is there and no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 Start = Callable[..., Service]

@@ -11,6 +11,7 @@ from app import lanes
 from app.__main__ import main
 from app.database import connect
 from app.lanes import Outcome, Request
+from app.problems import NO_SUCCESS
 
 COMMIT_DELAY = 0.05
 """Seconds between an answer that comes too early and its commit."""
@@ -30,7 +31,7 @@ class EarlyLine(lanes.Line):
         while True:
             try:
                 return await self._apply_early(requests)
-            except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError):
+            except NO_SUCCESS:
                 await asyncio.sleep(0.05)
 
     async def _apply_early(self, requests: Sequence[Request]) -> list[Outcome]:

@@ -12,6 +12,7 @@ from uuid import UUID
 import asyncpg
 import msgspec
 
+from app.problems import NO_SUCCESS
 from tests.proof.history import APPLIED, DUPLICATE, UNKNOWN, Attempt, History, Operation, Read
 
 CLIENTS = 64
@@ -302,7 +303,7 @@ class Load:
                         await asyncio.sleep(0.02)
                 finally:
                     connection.terminate()
-            except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError):
+            except NO_SUCCESS:
                 await asyncio.sleep(0.02)
 
 

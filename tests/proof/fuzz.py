@@ -18,6 +18,7 @@ from socket import SO_LINGER, SOL_SOCKET
 from app.messages import BODY_TIMEOUT
 from tests.api.test_openapi import DOCUMENT, METHODS, closed
 from tests.api.test_process import Service
+from tests.proof.clients import Connection, Lost
 from tests.proof.section import Account, Scale
 from tests.proof.service import database, memory, processes, service
 
@@ -314,31 +315,24 @@ class Fuzz:
     async def neighbour(self) -> int:
         """Deposit and read, one after another, until all is over; return the number of requests."""
         deposits, slowest, waits = 0, 0.0, []
-        reader, writer = await asyncio.open_connection("127.0.0.1", self.running.port)
+        connection = Connection(self.running.port)
+        await connection.open()  # once: nobody may cut it
         while not self.over:
             uuid = f"{self.chance.getrandbits(128):032x}"
-            deposit = post(
-                "/api/v1/wallets/neighbour/operation",
-                f'{{"operation_uuid": "{uuid}", "operation_type": "DEPOSIT", "amount": 1}}'.encode(),
-            )
-            read = b"GET /api/v1/wallets/neighbour HTTP/1.1\r\nHost: wallet\r\n\r\n"
+            deposit = {"operation_uuid": uuid, "operation_type": "DEPOSIT", "amount": 1}
             deposits += 1
-            for request, expected in ((deposit, None), (read, b'"balance":%d}' % deposits)):
+            for path, body in (("/operation", deposit), ("", None)):
                 began = time.monotonic()
-                writer.write(request)
                 try:
-                    async with asyncio.timeout(30):
-                        head = await reader.readuntil(b"\r\n\r\n")
-                        length = re.search(rb"(?i)content-length: (\d+)", head)
-                        body = await reader.readexactly(int(length[1]) if length else 0)
-                except (OSError, EOFError, TimeoutError) as error:
+                    answer = await connection.ask(f"/api/v1/wallets/neighbour{path}", body)
+                except (Lost, TimeoutError) as error:
                     self.account.findings.append(f"the neighbour has no answer: {error!r}")
                     return deposits * 2
                 waits.append(time.monotonic() - began)
-                if not head.startswith(b"HTTP/1.1 200") or (expected and not body.endswith(expected)):
-                    self.account.findings.append(f"the neighbour is told {head + body!r}")
+                if answer.status != 200 or (body is None and answer.body["balance"] != deposits):
+                    self.account.findings.append(f"the neighbour is told {answer}")
             await asyncio.sleep(0.005)
-        writer.close()
+        connection.close()
         slowest = max(waits)
         self.account.counts["requests of the neighbour"] = len(waits)
         self.account.figures["slowest answer to the neighbour (ms)"] = slowest * 1000

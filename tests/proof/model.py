@@ -25,7 +25,7 @@ from hypothesis.stateful import (
 )
 
 from tests.api.test_process import Service
-from tests.cases import MAX, MESSAGES, NIL
+from tests.cases import MAX, MESSAGES, NIL, NIL_MESSAGE, PROBLEMS
 from tests.db.door import call
 from tests.proof.section import Account, Scale
 from tests.proof.service import database, service
@@ -33,17 +33,7 @@ from tests.proof.service import database, service
 STEPS = 16
 """Steps of a sequence."""
 
-CODES = {
-    "WA400": (400, "invalid_request"),
-    "WA402": (400, "insufficient_funds"),
-    "WA404": (404, "wallet_not_found"),
-    "WA409": (400, "duplicate_operation"),
-    "WA414": (404, "operation_not_found"),
-    "WA416": (400, "balance_out_of_range"),
-    "WA419": (400, "wallet_exists"),
-}
 NAMES = ["a", "A", "z" * 64]
-NIL_MESSAGE = "operation_uuid must not be the nil UUID"
 BAD_NAMES = ["", "a b", "a\n", "wället", "z" * 65, None]
 OPERATIONS = [UUID(int=number << 64 | 7) for number in range(1, 13)]
 AMOUNTS = [1, 2, 3, 50, 2**62, MAX - 2, MAX - 1, MAX]
@@ -158,7 +148,7 @@ class Doors:
             return None, call(self._sql, function, *arguments)
         except psycopg.Error as error:
             refusal = error
-        assert refusal.sqlstate in CODES, refusal
+        assert refusal.sqlstate in PROBLEMS, refusal
         assert refusal.diag.message_primary == MESSAGES.get(refusal.sqlstate, refusal.diag.message_primary)
         return refusal.sqlstate, []
 
@@ -342,7 +332,7 @@ class Wallets(RuleBasedStateMachine):
                 recorded = self.model.operations[one.operation]
                 result |= {"balance_after": recorded.balance_after, "seq": recorded.seq}
             else:
-                result |= {"code": CODES[outcome][1], "detail": MESSAGES.get(outcome, NIL_MESSAGE)}
+                result |= {"code": PROBLEMS[outcome][1], "detail": MESSAGES.get(outcome, NIL_MESSAGE)}
             expected.append(result)
         assert answer == {"results": expected}
         self.step("bulk over REST", *(outcome for _, outcome in outcomes))
@@ -465,7 +455,7 @@ def body_of(asked: Request) -> dict[str, Any]:
 def refused(answer: tuple[int, Any], sqlstate: str) -> None:
     """Assert that an answer is the problem for a SQLSTATE."""
     status, problem = answer
-    assert (status, problem["code"]) == CODES[sqlstate], problem
+    assert (status, problem["code"]) == PROBLEMS[sqlstate], problem
     assert problem["detail"] == MESSAGES.get(sqlstate, problem["detail"])
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import psycopg
 
-from app.embedded import connection_url, running_server
 from app.migrations import LOGIN
 from tests.api.test_process import Service, wait_until
 
@@ -28,9 +27,7 @@ def service(log_level: str = "WARNING") -> Iterator[Service]:
 
 def database(running: Service, user: str = LOGIN) -> psycopg.Connection:
     """Connect to the service's database as the service does, or as another user."""
-    server = running_server(running.home)
-    assert server is not None
-    return psycopg.connect(connection_url(server[1], user, "wallet"), autocommit=True)
+    return psycopg.connect(running.url(user), autocommit=True)
 
 
 def processes(running: Service) -> list[int]:

@@ -14,6 +14,7 @@ import uvloop
 
 from app.migrations import LOGIN
 from tests.api.test_process import Service
+from tests.proof.clients import Connection, Lost
 from tests.proof.section import Account, Scale
 from tests.proof.service import database, memory, processes, service
 
@@ -79,68 +80,43 @@ class Load:
 
     async def change(self, wallet: str | None) -> None:
         """Deposit 2 to a wallet and withdraw 1, again and again; None: any wallet."""
-        connection = await Connection.open(self.port)
+        connection = Connection(self.port)
         while self.goes_on():
             name = wallet or f"w{self.chance.randint(1, WALLETS)}"
             for kind, amount in (("DEPOSIT", 2), ("WITHDRAW", 1)):
                 uuid = UUID(int=self.chance.getrandbits(128))
-                body = f'{{"operation_uuid":"{uuid}","operation_type":"{kind}","amount":{amount}}}'
-                path = f"/api/v1/wallets/{name}/operation"
-                request = (
-                    f"POST {path} HTTP/1.1\r\nHost: w\r\nContent-Type: application/json\r\n"
-                    f"Content-Length: {len(body)}\r\n\r\n{body}"
-                )
-                if await self.ask(connection, request):
+                body = {"operation_uuid": uuid, "operation_type": kind, "amount": amount}
+                if await self.ask(connection, f"/api/v1/wallets/{name}/operation", body):
                     self.applied += 1
                     self.sums[name] += amount if kind == "DEPOSIT" else -amount
         connection.close()
 
     async def read(self) -> None:
-        connection = await Connection.open(self.port)
+        connection = Connection(self.port)
         while self.goes_on():
             path = f"/api/v1/wallets/w{self.chance.randint(0, WALLETS)}"
             if self.chance.random() < 0.2:
                 path += "/operations?limit=20"
-            await self.ask(connection, f"GET {path} HTTP/1.1\r\nHost: w\r\n\r\n")
+            await self.ask(connection, path)
         connection.close()
 
     def goes_on(self) -> bool:
         return time.monotonic() - self.began < self.seconds
 
-    async def ask(self, connection: "Connection", request: str) -> bool:
+    async def ask(self, connection: Connection, path: str, body: object = None) -> bool:
         """Send a request, measure the time to its answer and tell whether that is a success."""
         sent = time.monotonic()
-        status = await connection.ask(request.encode())
+        try:
+            async with asyncio.timeout(1):
+                await connection.open()
+            status = str((await connection.ask(path, body)).status)
+        except (Lost, TimeoutError):
+            await asyncio.sleep(0.1)
+            status = "lost"
         window = min(int((sent - self.began) / self.seconds * WINDOWS), WINDOWS - 1)
         self.latencies[window].append(time.monotonic() - sent)
         self.statuses[status] += 1
         return status.startswith("2")
-
-
-class Connection:
-    """A keep-alive connection, HTTP/1.1 with bodies of a declared length, as cheap as it can be."""
-
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._reader = reader
-        self._writer = writer
-
-    @classmethod
-    async def open(cls, port: int) -> "Connection":
-        return cls(*await asyncio.open_connection("127.0.0.1", port))
-
-    async def ask(self, request: bytes) -> str:
-        """Send a request and return the status of its answer; `lost` if there is none. Opens no other connection."""
-        try:
-            self._writer.write(request)
-            head = await self._reader.readuntil(b"\r\n\r\n")
-            await self._reader.readexactly(int(head.partition(b"Content-Length: ")[2].partition(b"\r\n")[0]))
-            return head[9:12].decode()
-        except (OSError, EOFError):
-            await asyncio.sleep(0.1)
-            return "lost"
-
-    def close(self) -> None:
-        self._writer.close()
 
 
 async def load_and_look(load: Load, running: Service, superuser: psycopg.Connection) -> list[Sample]:

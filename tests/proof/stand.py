@@ -20,8 +20,9 @@ import psycopg
 
 from app.embedded import Postgres, connection_url, die_with_parent
 from app.migrations import LOGIN, dbmate
+from app.problems import NO_SUCCESS
 from app.settings import CHECKOUT
-from tests.api.test_process import environment_with, free_port
+from tests.api.test_process import environment_with, free_port, is_alive
 from tests.proof.clients import Connection, Lost
 from tests.proof.history import Books, Row
 from tests.proxy import Http, Proxy
@@ -60,14 +61,6 @@ async def gone(process: subprocess.Popen[bytes], pids: list[int]) -> None:
     async with asyncio.timeout(30):
         while any(is_alive(pid) for pid in pids):
             await asyncio.sleep(0.005)
-
-
-def is_alive(pid: int) -> bool:
-    """Tell whether a process is there and no zombie."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 @functools.cache
@@ -217,7 +210,7 @@ class Stand:
                     async with asyncio.timeout(1):
                         await self.sql("insert into public.heartbeat default values")
                     return time.monotonic()
-                except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError):
+                except NO_SUCCESS:
                     await asyncio.sleep(0.01)
 
     async def is_quiet(self) -> None:
