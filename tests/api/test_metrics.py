@@ -6,7 +6,6 @@ The counters are of the process, which runs many tests: what is looked at is how
 import asyncio
 import threading
 import time
-from pathlib import Path
 from urllib.request import urlopen
 from uuid import UUID, uuid4
 
@@ -292,11 +291,6 @@ def applied(service: Service) -> float:
     return scrape(service).value("wallet_operations_total", type="DEPOSIT", outcome="applied")
 
 
-def workers_of(service: Service) -> set[int]:
-    children = Path(f"/proc/{service.process.pid}/task/{service.process.pid}/children").read_text()
-    return {int(pid) for pid in children.split()} - {service.postgres()}
-
-
 def test_every_worker_tells_of_all_workers_and_of_those_that_are_gone(start: Start) -> None:
     service = start(WORKERS="2")
     for _ in range(40):
@@ -310,7 +304,7 @@ def test_every_worker_tells_of_all_workers_and_of_those_that_are_gone(start: Sta
     assert [told.value("wallet_build_info", **dict(labels)) for labels in told.labels("wallet_build_info")] == [1]
     assert (told.value("wallet_calls_in_flight"), told.value("wallet_pool_in_use")) == (0, 0)
 
-    killed = workers_of(service)
+    killed = service.workers()
     assert len(killed) == 2
     with service.superuser() as holder:
         holder.execute("select from wallet.wallet where uuid = '1111111111' for update")
@@ -320,7 +314,7 @@ def test_every_worker_tells_of_all_workers_and_of_those_that_are_gone(start: Sta
         for worker in killed:
             kill(worker)
         client.join(30)
-        wait_until(lambda: len(workers_of(service) - killed) == 2 and answers(service))
+        wait_until(lambda: len(service.workers() - killed) == 2 and answers(service))
         assert {scrape(service).value("wallet_calls_in_flight") for _ in range(20)} == {0}
     service.deposit("2222222222", 5)
     assert {applied(service) for _ in range(20)} == {41}

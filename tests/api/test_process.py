@@ -84,6 +84,11 @@ class Service:
         assert running is not None
         return running
 
+    def workers(self) -> set[int]:
+        """Return the pids of the workers. They are forked after the service has said that it listens."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
+        return {int(pid) for pid in children.split()} - {self.postgres()}
+
     def url(self, user: str = "postgres") -> str:
         """Return the URI of the database for a user."""
         return connection_url(self.server()[1], user, "wallet")
@@ -258,14 +263,13 @@ def test_a_killed_postgres_is_brought_back(start: Start) -> None:
 
 def test_a_killed_worker_is_replaced(start: Start) -> None:
     service = start(WORKERS="2")
-    children = Path(f"/proc/{service.process.pid}/task/{service.process.pid}/children")
-    workers = {int(pid) for pid in children.read_text().split()} - {service.postgres()}
-    assert len(workers) == 2
+    wait_until(lambda: len(service.workers()) == 2)
+    killed = service.workers()
 
-    for worker in workers:
+    for worker in killed:
         kill(worker)
 
-    wait_until(lambda: len({int(pid) for pid in children.read_text().split()} - workers) == 3)
+    wait_until(lambda: len(service.workers() - killed) == 2)
     wait_until(lambda: answers(service))
     assert service.balance("1111111111") == 1500
 

@@ -32,9 +32,7 @@ def database(running: Service, user: str = LOGIN) -> psycopg.Connection:
 
 def processes(running: Service) -> list[int]:
     """Return the pids of the service without PostgreSQL: supervisor and workers."""
-    supervisor = running.process.pid
-    children = Path(f"/proc/{supervisor}/task/{supervisor}/children").read_text().split()
-    return [supervisor, *({int(pid) for pid in children} - {running.postgres()})]
+    return [running.process.pid, *running.workers()]
 
 
 def memory(pids: list[int]) -> int:
