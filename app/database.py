@@ -19,7 +19,9 @@ from app.settings import Settings, StartupError
 FUNCTIONS = (
     "wallet.create_wallet(text)",
     "wallet.get_wallet(text)",
+    "wallet.apply_operation(text, uuid, text, bigint)",
     "wallet.apply_operations(text[], uuid[], text[], bigint[])",
+    "wallet.raise_too_late()",
     "wallet.get_operation(text, uuid)",
     "wallet.list_operations(text, bigint, int)",
 )
@@ -31,9 +33,14 @@ CONNECT_TIMEOUT = 5.0
 _log = logging.getLogger("wallet")
 
 
-async def connect(url: str, name: str = "wallet") -> Any:
-    """Connect to PostgreSQL; `name` is what pg_stat_activity calls the session."""
-    return await asyncpg.connect(url, timeout=CONNECT_TIMEOUT, server_settings={"application_name": name})
+async def connect(url: str, deadline: float, name: str = "wallet") -> Any:
+    """Connect to PostgreSQL.
+
+    The server ends a statement after `deadline` seconds by itself, so that none whose caller is gone holds a lock or a
+    connection for ever. `name` is what pg_stat_activity calls the session.
+    """
+    settings = {"application_name": name, "statement_timeout": f"{deadline * 1000:.0f}"}
+    return await asyncpg.connect(url, timeout=CONNECT_TIMEOUT, server_settings=settings)
 
 
 def session_survives(error: BaseException) -> bool:
@@ -48,8 +55,9 @@ class Pool:
     answered. Here a connection is dropped unless its session is known to go on.
     """
 
-    def __init__(self, url: str, size: int) -> None:
+    def __init__(self, url: str, size: int, deadline: float) -> None:
         self._url = url
+        self._deadline = deadline
         self._places = asyncio.Semaphore(size)
         self._idle: list[Any] = []
 
@@ -59,7 +67,7 @@ class Pool:
         async with self._places:
             while self._idle and self._idle[-1].is_closed():
                 self._idle.pop()
-            connection = self._idle.pop() if self._idle else await connect(self._url)
+            connection = self._idle.pop() if self._idle else await connect(self._url, self._deadline)
             POOL_IN_USE.inc()
             try:
                 yield connection
@@ -76,8 +84,12 @@ class Pool:
         """Make a call that may safely be made twice, again and again until the database gives a definite answer.
 
         A refusal is definite; whatever else goes wrong is a database that is away, restarting or out of something.
-        Bounded by the caller's deadline. Raises Refusal.
+        Raises Refusal, and TimeoutError after the deadline of a request.
         """
+        async with asyncio.timeout(self._deadline):
+            return await self._fetch(query, *arguments)
+
+    async def _fetch(self, query: str, *arguments: object) -> list[asyncpg.Record]:
         delay = 0.02
         while True:
             try:
@@ -108,7 +120,7 @@ async def pool(app: web.Application) -> AsyncIterator[None]:
     """Keep a pool of connections while the app runs; they are made when they are needed."""
     settings = app[SETTINGS]
     assert settings.database_url is not None
-    app[POOL] = Pool(settings.database_url, settings.pool_size)
+    app[POOL] = Pool(settings.database_url, settings.pool_size, settings.request_deadline)
     yield
     app[POOL].close()
 

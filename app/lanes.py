@@ -1,8 +1,9 @@
 """The hot lane: requests for one wallet share a call instead of queueing for its row lock one commit at a time.
 
 A wallet always uses the same lane of a process. A lane has one call in flight; what arrives meanwhile waits, and all
-of it goes in the next call, one commit for all. An idle lane sends at once. The queue is bounded, and a request's
-deadline is its caller's own: it holds even if the lane is stuck.
+of it goes in the next call, one commit for all. An idle lane sends at once. The queue is bounded, and so is the time
+that a request takes: at its deadline it is answered 503, whatever the lane is doing, and its call is given up. Nothing
+of a call is applied after its deadline, however late the database comes to it: the database itself looks at the clock.
 """
 
 import asyncio
@@ -11,7 +12,8 @@ import logging
 import random
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
+from itertools import chain
 from typing import Any, NamedTuple
 from uuid import UUID
 
@@ -21,28 +23,33 @@ from aiohttp import web
 from app.database import SETTINGS, connect, session_survives
 from app.messages import Operation
 from app.metrics import BATCH_SIZE, CALLS_IN_FLIGHT, LANE_WAITING, OPERATIONS, RESENDS
-from app.problems import NO_ANSWER, NO_SUCCESS, REFUSALS, Problem, Refusal
+from app.problems import NO_ANSWER, REFUSALS, Problem, Refusal
 from app.settings import Settings
 
 BULK_LINES = 2
 """Connections for bulk requests in each worker."""
-GIVE_UP = 0.95
-"""The part of a request's deadline after which its call is given up; in the rest its backend is ended."""
-ENDING_TIMEOUT = 0.25
-"""Seconds for that. If the database does not answer, the next call of the worker does it first."""
+CLOCK_AGE = 5.0
+"""Seconds that the clocks of the service and the database are trusted to go alike."""
+LEAD = 0.05
+"""Seconds between the database's last moment for a call and its deadline, for what the clocks differ by."""
 
-_APPLY = """
+_IN_TIME = "case when clock_timestamp() < $5 then true else wallet.raise_too_late() end"
+"""The filter of the query is evaluated on the function's rows: after it has run, and while it holds its locks."""
+
+_APPLY = f"""
 select
   sqlstate, message, balance_after, seq,
   case when sqlstate is not null then operation_type end,
   case when sqlstate is not null then amount end,
   case when sqlstate is not null then created_at end
 from wallet.apply_operations($1, $2, $3, $4)
+where {_IN_TIME}
 """
 
-_APPLY_ONE = """
+_APPLY_ONE = f"""
 select null, null, balance_after, seq, null, null, null
 from wallet.apply_operation($1, $2, $3, $4)
+where {_IN_TIME}
 """
 
 _log = logging.getLogger("wallet")
@@ -105,23 +112,26 @@ class Line:
 
     One call at a time. A call whose outcome was lost is made again, once its backend is gone: otherwise a refusal could
     be answered now and the old call still apply the operation later. What the lost call had committed comes back as a
-    duplicate of the very same request, and is the success that it is. `abandoned` are the backends of calls that were
-    given up by any line of this worker: none makes a call before they are gone, as a retry may come by another line.
+    duplicate of the very same request, and is the success that it is.
     """
 
-    def __init__(self, url: str, abandoned: set[Any] | None = None) -> None:
-        self._url = url
+    def __init__(self, settings: Settings) -> None:
+        assert settings.database_url is not None
+        self._url = settings.database_url
+        self._deadline = settings.request_deadline
         self._connection: Any = None
         self._backend: Any = None
-        self._abandoned = set() if abandoned is None else abandoned
+        self._abandoned: Any = None
         self._lost = False
+        self._clocks_read = -CLOCK_AGE
+        self._database_clock: Any = None
 
     async def apply(self, requests: Sequence[Request], until: float, *, again: bool = False) -> list[Outcome]:
         """Apply requests in one call and return their outcomes, in order, once they are committed.
 
         Tries until the database gives a definite answer. Raises TimeoutError at `until`, on the loop's clock: then
-        nothing is known, but if the database answers at all the call is over. `again`: the requests were in a call that
-        was given up, just before.
+        nothing is known, but whatever has not been applied never will be. `again`: the requests were in a call that was
+        given up, just before.
         """
         if not again:
             self._lost = False
@@ -129,25 +139,23 @@ class Line:
         CALLS_IN_FLIGHT.inc()
         try:
             async with asyncio.timeout_at(until):
-                outcomes = await self._apply(requests)
-        except TimeoutError:
-            await self._end_given_up()
-            raise
+                outcomes = await self._apply(requests, until - LEAD)
         finally:
             CALLS_IN_FLIGHT.dec()
         count(requests, outcomes)
         return outcomes
 
-    async def _apply(self, requests: Sequence[Request]) -> list[Outcome]:
+    async def _apply(self, requests: Sequence[Request], last: float) -> list[Outcome]:
         delay = 0.02
         while True:
             try:
                 await self._prepare()
-                outcomes = await self._call(requests)
+                outcomes = await self._call(requests, last)
                 break
             except asyncpg.PostgresError as error:
                 extra = {"sqlstate": error.sqlstate}
                 _log.warning("a call failed and is made again: SQLSTATE %s", error.sqlstate, extra=extra)
+                self._clocks_read = -CLOCK_AGE  # perhaps it was too late for a clock that was set
             except NO_ANSWER as error:
                 _log.warning("a call was lost and is made again: %s", type(error).__name__)
             RESENDS.inc()
@@ -161,13 +169,14 @@ class Line:
             self._connection.terminate()
             self._connection = None
 
-    async def _call(self, requests: Sequence[Request]) -> list[Outcome]:
+    async def _call(self, requests: Sequence[Request], last: float) -> list[Outcome]:
+        deadline = self._database_clock + timedelta(seconds=last - self._clocks_read)
         try:
             if len(requests) == 1:  # the shorter way for a lone client; what it refuses, the array function explains
                 with contextlib.suppress(Refusal):
-                    return [Outcome._make(await self._connection.fetchrow(_APPLY_ONE, *requests[0]))]
+                    return [Outcome._make(await self._connection.fetchrow(_APPLY_ONE, *requests[0], deadline))]
             arguments = [list(column) for column in zip(*requests, strict=True)]
-            return [Outcome._make(row) for row in await self._connection.fetch(_APPLY, *arguments)]
+            return [Outcome._make(row) for row in await self._connection.fetch(_APPLY, *arguments, deadline)]
         except BaseException as error:
             if not session_survives(error):  # it ended, perhaps between the commit and the answer
                 self._abandon()
@@ -175,38 +184,39 @@ class Line:
 
     def _abandon(self) -> None:
         self._lost = True
-        self._abandoned.add(self._backend)
+        self._abandoned = self._backend
         self._connection.terminate()
         self._connection = None
 
     async def _prepare(self) -> None:
-        """Have a connection, and no abandoned backend."""
+        """Have a connection, no abandoned backend, and the time on the database's clock."""
         try:
             if self._connection is None or self._connection.is_closed():
-                self._connection = await connect(self._url, "wallet lane")
+                self._connection = await connect(self._url, self._deadline, "wallet lane")
                 self._backend = await self._connection.fetchrow(
                     "select pid, backend_start from pg_stat_activity where pid = pg_backend_pid()"
                 )
-            while self._abandoned:
-                backend = next(iter(self._abandoned))
+            while self._abandoned is not None:
                 alive = await self._connection.fetchval(
                     "select count(pg_terminate_backend(pid)) from pg_stat_activity"
                     " where pid = $1 and backend_start = $2",
-                    *backend,
+                    *self._abandoned,
                 )
                 if alive:
                     await asyncio.sleep(0.01)
                 else:
-                    self._abandoned.discard(backend)
+                    self._abandoned = None
+            await self._read_clocks()
         except BaseException:
             await self.close()
             raise
 
-    async def _end_given_up(self) -> None:
-        if self._abandoned:
-            with contextlib.suppress(*NO_SUCCESS):
-                async with asyncio.timeout(ENDING_TIMEOUT):
-                    await self._prepare()
+    async def _read_clocks(self) -> None:
+        """Know what time it is on the database's clock, or a little less: the answer took its time too."""
+        loop = asyncio.get_running_loop()
+        if loop.time() - self._clocks_read > CLOCK_AGE:
+            self._database_clock = await self._connection.fetchval("select clock_timestamp()")
+            self._clocks_read = loop.time()
 
 
 def count(requests: Sequence[Request], outcomes: Sequence[Outcome]) -> None:
@@ -241,21 +251,28 @@ class Lane:
     def __init__(self, line: Line, settings: Settings, number: int = 0) -> None:
         self._line = line
         self._gauge = LANE_WAITING.labels(str(number))
-        self._patience = settings.request_deadline * GIVE_UP
+        self._deadline = settings.request_deadline
         self._batch = settings.lane_batch
         self._limit = settings.lane_queue
         self._waiting: deque[Waiting] = deque()
+        self._sent: list[Waiting] = []
         self._arrived = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = None
 
     def apply(self, request: Request) -> asyncio.Future[Outcome]:
-        """Queue a request and return the future of its outcome. Raises Problem (429) if too many wait already."""
+        """Queue a request and return the future of its outcome, or of a TimeoutError at its deadline.
+
+        Raises Problem (429) if too many wait already.
+        """
         if len(self._waiting) >= self._limit:
             raise overloaded()
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[Outcome] = loop.create_future()
-        self._waiting.append(Waiting(request, future, loop.time() + self._patience))
+        waiting = Waiting(request, self._loop.create_future(), self._loop.time() + self._deadline)
+        self._waiting.append(waiting)
         self._arrived.set()
-        return future
+        if self._timer is None:
+            self._timer = self._loop.call_at(waiting.until, self._watch)
+        return waiting.outcome
 
     async def run(self) -> None:
         """Send what waits, for ever.
@@ -266,42 +283,49 @@ class Lane:
             while not self._waiting:
                 self._arrived.clear()
                 await self._arrived.wait()
-            await self._send(self._next_batch())
+            self._take()
+            await self._send()
 
-    def _next_batch(self) -> list[Waiting]:
-        batch: list[Waiting] = []
-        while self._waiting and len(batch) < self._batch:
+    def _take(self) -> None:
+        while self._waiting and len(self._sent) < self._batch:
             waiting = self._waiting.popleft()
-            if not waiting.outcome.done():  # else its caller gave up before it was sent
-                batch.append(waiting)
+            if not waiting.outcome.done():  # else it was given up before it was sent
+                self._sent.append(waiting)
         self._gauge.set(len(self._waiting))
-        return batch
 
-    async def _send(self, batch: list[Waiting]) -> None:
-        """Send a batch. The oldest request is given up before its caller gives up, and the call with it; others go on.
-
-        So nobody is told 503 while a call that may still apply his operation goes on.
-        """
+    async def _send(self) -> None:
+        """Send what was taken. At the deadline of the oldest request its call is given up, and the others go again."""
         again = False
-        while batch:
+        while self._sent:
+            requests, until = [waiting.request for waiting in self._sent], self._sent[0].until
             try:
-                outcomes = await self._line.apply([waiting.request for waiting in batch], batch[0].until, again=again)
+                outcomes = await self._line.apply(requests, until, again=again)
             except TimeoutError:
                 again = True
-                now = asyncio.get_running_loop().time()
-                overdue = [waiting for waiting in batch if waiting.until <= now]
+                self._give_up(until)
             except Exception:
                 _log.exception("a lane failed")
-                overdue = batch
+                self._give_up(self._sent[-1].until)
             else:
-                for waiting, outcome in zip(batch, outcomes, strict=True):
+                for waiting, outcome in zip(self._sent, outcomes, strict=True):
                     if not waiting.outcome.done():
                         waiting.outcome.set_result(outcome)
-                return
-            for waiting in overdue:
-                if not waiting.outcome.done():
-                    waiting.outcome.set_exception(TimeoutError())
-            batch = [waiting for waiting in batch if not waiting.outcome.done()]
+            self._sent = [waiting for waiting in self._sent if not waiting.outcome.done()]
+
+    def _watch(self) -> None:
+        """Keep the deadlines, whatever the task is doing: one timer, for the oldest request that has no answer."""
+        oldest = self._give_up(self._loop.time())
+        self._timer = None if oldest is None else self._loop.call_at(oldest.until, self._watch)
+
+    def _give_up(self, now: float) -> Waiting | None:
+        """Give up the requests whose deadline has passed, and return the oldest that is left."""
+        for waiting in chain(self._sent, self._waiting):
+            if waiting.outcome.done():
+                continue
+            if waiting.until > now:
+                return waiting
+            waiting.outcome.set_exception(TimeoutError())
+        return None
 
 
 class Bulk:
@@ -312,17 +336,21 @@ class Bulk:
         for line in lines:
             self._idle.put_nowait(line)
         self._limit = settings.bulk_queue
-        self._patience = settings.request_deadline * GIVE_UP
+        self._deadline = settings.request_deadline
         self._waiting = 0
 
     async def apply(self, requests: Sequence[Request]) -> list[Outcome]:
-        """Apply requests and return their outcomes, in order. Raises Problem (429) if too many batches wait already."""
+        """Apply requests and return their outcomes, in order.
+
+        Raises Problem (429) if too many batches wait already, and TimeoutError at the deadline.
+        """
         if self._waiting >= self._limit:
             raise overloaded()
-        until = asyncio.get_running_loop().time() + self._patience
+        until = asyncio.get_running_loop().time() + self._deadline
         self._waiting += 1
         try:
-            line = await self._idle.get()
+            async with asyncio.timeout_at(until):
+                line = await self._idle.get()
         finally:
             self._waiting -= 1
         try:
@@ -349,9 +377,7 @@ def apply(app: web.Application, request: Request) -> asyncio.Future[Outcome]:
 async def lanes(app: web.Application) -> AsyncIterator[None]:
     """Run the lanes while the app runs. They end after the last handler has its answer."""
     settings = app[SETTINGS]
-    assert settings.database_url is not None
-    abandoned: set[Any] = set()
-    lines = [Line(settings.database_url, abandoned) for _ in range(settings.lanes + BULK_LINES)]
+    lines = [Line(settings) for _ in range(settings.lanes + BULK_LINES)]
     app[LANES] = [Lane(line, settings, number) for number, line in enumerate(lines[: settings.lanes])]
     app[BULK] = Bulk(lines[settings.lanes :], settings)
     tasks = [asyncio.create_task(lane.run()) for lane in app[LANES]]

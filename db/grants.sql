@@ -1,5 +1,6 @@
 -- wallet_app calls functions and touches no table; wallet_reader reads and changes nothing; PUBLIC has nothing.
--- Functions named *_fault and raise_* are internal: they run as part of the others, with the owner's rights.
+-- Functions named *_fault and raise_wallet_not_found are internal: they run as part of the others, with the owner's
+-- rights.
 revoke all on schema wallet from public;
 revoke all on all tables in schema wallet from public;
 revoke all on all functions in schema wallet from public;
@@ -9,7 +10,8 @@ grant usage on schema wallet to wallet_app, wallet_reader;
 grant execute on function
   wallet.create_wallet(text),
   wallet.apply_operation(text, uuid, text, bigint),
-  wallet.apply_operations(text[], uuid[], text[], bigint[])
+  wallet.apply_operations(text[], uuid[], text[], bigint[]),
+  wallet.raise_too_late()
 to wallet_app;
 
 grant execute on function

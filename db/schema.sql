@@ -675,6 +675,27 @@ COMMENT ON FUNCTION wallet.name_fault(p_wallet_uuid text) IS 'Internal: the mess
 
 
 --
+-- Name: raise_too_late(); Type: FUNCTION; Schema: wallet; Owner: -
+--
+
+CREATE FUNCTION wallet.raise_too_late() RETURNS boolean
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  raise query_canceled using message = 'the deadline of this call has passed';
+end
+$$;
+
+
+--
+-- Name: FUNCTION raise_too_late(); Type: COMMENT; Schema: wallet; Owner: -
+--
+
+COMMENT ON FUNCTION wallet.raise_too_late() IS 'Takes back the statement that calls it, because its deadline has passed. A query from wallet.apply_operations or wallet.apply_operation calls it where clock_timestamp() is past a deadline: that is looked at after the function has run and while it holds its locks, so nothing of the statement is applied after the deadline, however long it waited for a lock. Raises 57014 (query_canceled), always.';
+
+
+--
 -- Name: raise_wallet_not_found(text); Type: FUNCTION; Schema: wallet; Owner: -
 --
 

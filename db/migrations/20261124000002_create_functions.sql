@@ -491,6 +491,22 @@ comment on function wallet.name_fault(text) is
   'Internal: the message of WA400 for a wallet uuid that no wallet can have, else null. '
   'Neither security definer nor pinned, so that it is inlined into its callers, which are.';
 
+create or replace function wallet.raise_too_late()
+returns boolean
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  raise query_canceled using message = 'the deadline of this call has passed';
+end
+$$;
+
+comment on function wallet.raise_too_late() is
+  'Takes back the statement that calls it, because its deadline has passed. A query from wallet.apply_operations or '
+  'wallet.apply_operation calls it where clock_timestamp() is past a deadline: that is looked at after the function has run and '
+  'while it holds its locks, so nothing of the statement is applied after the deadline, however long it waited for a lock. '
+  'Raises 57014 (query_canceled), always.';
+
 create or replace function wallet.raise_wallet_not_found(p_wallet_uuid text)
 returns void
 language plpgsql security definer
@@ -605,7 +621,8 @@ comment on function wallet.verify() is
   'no rows means that the books are right. Reads the whole ledger in one snapshot and blocks nobody.';
 
 -- wallet_app calls functions and touches no table; wallet_reader reads and changes nothing; PUBLIC has nothing.
--- Functions named *_fault and raise_* are internal: they run as part of the others, with the owner's rights.
+-- Functions named *_fault and raise_wallet_not_found are internal: they run as part of the others, with the owner's
+-- rights.
 revoke all on schema wallet from public;
 revoke all on all tables in schema wallet from public;
 revoke all on all functions in schema wallet from public;
@@ -615,7 +632,8 @@ grant usage on schema wallet to wallet_app, wallet_reader;
 grant execute on function
   wallet.create_wallet(text),
   wallet.apply_operation(text, uuid, text, bigint),
-  wallet.apply_operations(text[], uuid[], text[], bigint[])
+  wallet.apply_operations(text[], uuid[], text[], bigint[]),
+  wallet.raise_too_late()
 to wallet_app;
 
 grant execute on function
@@ -646,6 +664,7 @@ drop function wallet.get_operation(text, uuid);
 drop function wallet.get_wallet(text);
 drop function wallet.list_operations(text, bigint, int);
 drop function wallet.name_fault(text);
+drop function wallet.raise_too_late();
 drop function wallet.raise_wallet_not_found(text);
 drop function wallet.verify();
 

@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
@@ -19,6 +20,7 @@ from aiohttp import ClientConnectorError, ClientError, ClientResponse, ClientSes
 from aiohttp.test_utils import TestClient, TestServer
 from pytest_aiohttp.plugin import AiohttpClient
 
+from app import lanes
 from app.application import make_app
 from app.embedded import Postgres, connection_url
 from app.lanes import LANES, Lane, Line, Outcome, Request
@@ -618,9 +620,9 @@ async def test_no_request_hangs_whenever_it_arrives(batch: int, client: TestClie
     await create(client, {"v": 0, "u": 0})
     arrivals = 3_000 if batch == 1 else 20_000
     asked: list[tuple[Request, asyncio.Future[Outcome]]] = []
-    settings = Settings(lane_batch=batch, lane_queue=10**6)
+    settings = Settings(database_url=database_url, lane_batch=batch, lane_queue=10**6)
 
-    async with running_lane(Line(database_url), settings) as lane:
+    async with running_lane(Line(settings), settings) as lane:
         for _ in range(arrivals):
             request = Request(
                 choice.choice(wallets), uuid4(), choice.choice(("DEPOSIT", "WITHDRAW")), choice.randrange(1, 100)
@@ -700,17 +702,89 @@ async def test_what_is_refused_after_a_503_is_not_applied_later(
     assert applied(await history(other, "w"), A) == []
 
 
+async def test_a_frozen_backend_that_goes_on_after_the_503_applies_nothing(
+    database_url: str, superuser: psycopg.Connection, aiohttp_client: AiohttpClient
+) -> None:
+    settings = Settings(database_url=database_url, lanes=1, request_deadline=1)
+    one, other = [await aiohttp_client(make_app(settings)) for _ in range(2)]
+    await create(one, {"w": 0})
+    await problem(await withdraw(one, "w", 1), 400, "insufficient_funds")  # now the lane has its backend
+    [frozen] = lane_pids(superuser)
+
+    os.kill(frozen, signal.SIGSTOP)
+    try:
+        assert (await withdraw(one, "w", 100, A)).status == 503
+        await problem(await withdraw(other, "w", 100, A), 400, "insufficient_funds")
+        assert (await deposit(other, "w", 100)).status == 200
+    finally:
+        os.kill(frozen, signal.SIGCONT)
+    await until(lambda: frozen not in lane_pids(superuser))
+
+    assert await balance(other, "w") == 100
+
+
+async def test_a_call_that_was_given_up_does_not_hold_its_locks_for_long(
+    database_url: str, superuser: psycopg.Connection, aiohttp_client: AiohttpClient
+) -> None:
+    settings = Settings(database_url=database_url, lanes=1, request_deadline=1)
+    one, other = [await aiohttp_client(make_app(settings)) for _ in range(2)]
+    await create(one, {"a": 0, "w": 0, "pilot": 0})
+
+    with locked(superuser, "w"):
+        answers = await in_one_call(one, superuser, deposit(one, "a", 1), deposit(one, "w", 1))
+        assert [answer.status for answer in answers] == [503, 503]
+        async with asyncio.timeout(1.5):
+            while (await deposit(other, "a", 1, A)).status == 503:
+                pass
+    assert applied(await history(other, "a"), A) == [1]
+
+
+@pytest.mark.parametrize("ahead", [timedelta(hours=1), timedelta(hours=-1)], ids=["ahead", "behind"])
+@pytest.mark.parametrize("count", [1, 5])
+async def test_a_clock_that_is_set_delays_a_call_and_refuses_none(
+    count: int, ahead: timedelta, client: TestClient, database_url: str
+) -> None:
+    settings = Settings(database_url=database_url)
+    line = Line(settings)
+    until = asyncio.get_running_loop().time() + 5
+    await line.apply([Request("w", uuid4(), "DEPOSIT", 1)], until)
+
+    line._database_clock -= ahead  # as if the database's had been set after it was read
+    outcomes = await line.apply([Request("w", uuid4(), "DEPOSIT", 1) for _ in range(count)], until)
+
+    await line.close()
+    assert [outcome.sqlstate for outcome in outcomes] == [None] * count
+    assert await balance(client, "w") == 101 + count
+
+
+async def test_the_clocks_are_compared_again_after_a_while(
+    client: TestClient, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lanes, "CLOCK_AGE", 0.1)
+    line = Line(Settings(database_url=database_url))
+
+    async def apply_one() -> Any:
+        await line.apply([Request("w", uuid4(), "DEPOSIT", 1)], asyncio.get_running_loop().time() + 5)
+        return line._database_clock
+
+    first = await apply_one()
+    assert await apply_one() == first
+    await asyncio.sleep(0.15)
+    assert timedelta(0) < await apply_one() - first < timedelta(seconds=5)
+    await line.close()
+
+
 async def test_what_shares_a_call_with_an_overdue_request_goes_on(
     database_url: str, superuser: psycopg.Connection, aiohttp_client: AiohttpClient
 ) -> None:
     client = await aiohttp_client(make_app(Settings(database_url=database_url, lanes=1, request_deadline=2)))
-    await create(client, {"a": 0, "w": 0})
+    await create(client, {"a": 0, "w": 0, "pilot": 0})
     with locked(superuser, "a"):
-        first = asyncio.create_task(deposit(client, "a", 1))
-        await waiting_call(superuser)
-        await asyncio.sleep(1)  # the first is older by half of its deadline
-        second = asyncio.create_task(deposit(client, "w", 1))
-        await queued(client, 1)
+        async with busy_lane(client, superuser):
+            first = asyncio.create_task(deposit(client, "a", 1))
+            await asyncio.sleep(1)  # the first is older by half of its deadline
+            second = asyncio.create_task(deposit(client, "w", 1))
+            await queued(client, 2)
         assert (await first).status == 503
         assert (await second).status == 200
 
@@ -721,8 +795,8 @@ async def test_what_shares_a_call_with_an_overdue_request_goes_on(
 class WatchedLine(Line):
     """A line that notes what it is asked for."""
 
-    def __init__(self, url: str) -> None:
-        super().__init__(url)
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
         self.calls: list[int] = []
 
     async def apply(self, requests: Sequence[Request], until: float, *, again: bool = False) -> list[Outcome]:
@@ -731,8 +805,9 @@ class WatchedLine(Line):
 
 
 async def test_an_idle_lane_sends_at_once(client: TestClient, database_url: str) -> None:
-    line = WatchedLine(database_url)
-    async with running_lane(line, Settings()) as lane:
+    settings = Settings(database_url=database_url)
+    line = WatchedLine(settings)
+    async with running_lane(line, settings) as lane:
         for count in range(1, 6):
             future = lane.apply(Request("w", uuid4(), "DEPOSIT", 1))
             for _ in range(3):  # turns of the event loop
@@ -745,7 +820,8 @@ async def test_an_answer_comes_after_the_commit(
     client: TestClient, database_url: str, superuser: psycopg.Connection
 ) -> None:
     query = "select count(*) from wallet.operation where operation_uuid = any(%s)"
-    async with running_lane(Line(database_url), Settings()) as lane:
+    settings = Settings(database_url=database_url)
+    async with running_lane(Line(settings), settings) as lane:
         for count in (1, 5) * 10:
             requests = [Request("w", uuid4(), "DEPOSIT", 1) for _ in range(count)]
             futures = [lane.apply(request) for request in requests]

@@ -11,7 +11,6 @@ import uvloop
 from aiohttp import web
 
 from app import database
-from app.application import deadline
 from app.database import POOL, SETTINGS
 from app.messages import NewOperation, read_body, respond, wallet_uuid
 from app.problems import problems
@@ -42,7 +41,7 @@ async def single(request: web.Request) -> web.Response:
 
 def main(kind: str) -> None:
     settings = from_environment()
-    app = web.Application(middlewares=[problems, deadline])
+    app = web.Application(middlewares=[problems])
     app[SETTINGS] = settings
     app.cleanup_ctx.append(database.pool)
     app.router.add_post("/api/v1/wallets/{wallet_uuid}/operation", {"ceiling": ceiling, "single": single}[kind])

@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any, TypeVar
 from uuid import UUID, uuid4
@@ -329,6 +330,36 @@ def test_an_operation_waits_for_a_batch_with_the_same_operation_uuid(
 
 
 # Snapshots older than the duplicate
+
+
+@pytest.mark.parametrize("function", ["apply_operation", "apply_operations"])
+def test_a_call_that_waits_beyond_its_deadline_applies_nothing(
+    function: str, service: psycopg.Connection, session: Session, pool: ThreadPoolExecutor, lock: psycopg.Connection
+) -> None:
+    create(service, {"w": 100})
+    arguments = "'w', %(a)s, 'DEPOSIT', 5"
+    if function == "apply_operations":
+        arguments = "array['w', 'w'], array[%(a)s, %(b)s]::uuid[], array['DEPOSIT', 'DEPOSIT'], array[5, 5]::bigint[]"
+    query = (
+        f"select seq from wallet.{function}({arguments})"
+        " where case when clock_timestamp() < %(until)s then true else wallet.raise_too_late() end"
+    )
+
+    def apply_before(seconds: float) -> list[Any]:
+        until = datetime.now(UTC) + timedelta(seconds=seconds)
+        return late.execute(query, {"a": A, "b": B, "until": until}).fetchall()
+
+    late = session()
+    hold(lock, "w")
+    waiting = pool.submit(apply_before, 1)
+    wait_until_blocked(service, late)
+    time.sleep(1.1)
+    lock.rollback()
+
+    with pytest.raises(psycopg.errors.QueryCanceled):
+        waiting.result()
+    assert balances(service, ["w"]) == {"w": 100}
+    assert [row[0] for row in apply_before(60)] == [2, 3][: query.count("%(a)s") + query.count("%(b)s")]
 
 
 @pytest.mark.parametrize("isolation", [IsolationLevel.REPEATABLE_READ, IsolationLevel.SERIALIZABLE])

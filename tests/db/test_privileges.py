@@ -30,6 +30,7 @@ WRITING = [
     "select wallet.create_wallet()",
     "select wallet.apply_operation('w', gen_random_uuid(), 'DEPOSIT', 1)",
     "select wallet.apply_operations('{w}', array[gen_random_uuid()], '{DEPOSIT}', '{1}')",
+    "do 'begin perform wallet.raise_too_late(); exception when query_canceled then end'",
 ]
 SELECTS = ["select from wallet.wallet", "select from wallet.operation"]
 TAMPERING = [

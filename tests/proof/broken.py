@@ -3,7 +3,6 @@
 import asyncio
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 import asyncpg
 
@@ -12,6 +11,7 @@ from app.__main__ import main
 from app.database import connect
 from app.lanes import Outcome, Request
 from app.problems import NO_SUCCESS
+from app.settings import Settings
 
 COMMIT_DELAY = 0.05
 """Seconds between an answer that comes too early and its commit."""
@@ -20,9 +20,8 @@ COMMIT_DELAY = 0.05
 class EarlyLine(lanes.Line):
     """A line that gives the outcomes of a call before it commits them."""
 
-    def __init__(self, url: str, abandoned: set[Any] | None = None) -> None:
-        super().__init__(url, abandoned)
-        self._early_url = url
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
         self._session: asyncpg.Connection | None = None
         self._commit: asyncio.Task[None] | None = None
 
@@ -39,7 +38,7 @@ class EarlyLine(lanes.Line):
             commit, self._commit = self._commit, None
             await commit
         if self._session is None or self._session.is_closed():
-            self._session = await connect(self._early_url, "wallet lane")
+            self._session = await connect(self._url, self._deadline, "wallet lane")
         transaction = self._session.transaction()
         await transaction.start()
         columns = [list(column) for column in zip(*requests, strict=True)]
