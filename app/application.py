@@ -1,11 +1,13 @@
 """The aiohttp application: routes, middlewares, resources."""
 
+from functools import partial
+
 from aiohttp import web
 
 from app import database, docs, handlers, lanes, metrics
 from app.access import access, access_log
 from app.database import SETTINGS
-from app.problems import expect, problems
+from app.problems import Problem, problems
 from app.settings import Settings
 
 
@@ -30,3 +32,20 @@ def make_app(settings: Settings) -> web.Application:
         route.kwargs["expect_handler"] = expect
     app.router.add_routes(routes)
     return app
+
+
+async def expect(request: web.Request) -> web.StreamResponse | None:
+    """Let a client that expects 100-continue go on; no other expectation can be met (RFC 9110, section 10.1.1).
+
+    aiohttp asks this before the middlewares, so a refusal has to go through them by itself.
+    """
+    if request.headers["Expect"].lower() != "100-continue":
+        return await access(request, partial(problems, handler=refuse_expectation))
+    await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+    request.writer.output_size = 0
+    return None
+
+
+async def refuse_expectation(_request: web.Request) -> web.StreamResponse:
+    """Raise the 417."""
+    raise Problem(417, "expectation_failed", "Only 100-continue can be expected")

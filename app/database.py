@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -46,6 +46,14 @@ async def connect(url: str, deadline: float, name: str = "wallet") -> Any:
 def session_survives(error: BaseException) -> bool:
     """Tell whether an error was the answer to a statement, so that the session goes on and nothing was changed."""
     return isinstance(error, asyncpg.PostgresError) and error.severity_en == "ERROR"
+
+
+def pauses() -> Iterator[float]:
+    """Yield the seconds between attempts: 20 ms at first, twice as many each time up to 250, give or take a half."""
+    seconds = 0.02
+    while True:
+        yield seconds * random.uniform(0.5, 1.5)
+        seconds = min(seconds * 2, 0.25)
 
 
 class Pool:
@@ -90,7 +98,7 @@ class Pool:
             return await self._fetch(query, *arguments)
 
     async def _fetch(self, query: str, *arguments: object) -> list[asyncpg.Record]:
-        delay = 0.02
+        pause = pauses()
         while True:
             try:
                 async with self.connection() as connection:
@@ -103,8 +111,7 @@ class Pool:
                 _log.warning("no answer from the database: SQLSTATE %s", error.sqlstate, extra=extra)
             except NO_ANSWER as error:
                 _log.warning("no answer from the database: %s", type(error).__name__)
-            await asyncio.sleep(delay * random.uniform(0.5, 1.5))
-            delay = min(delay * 2, 0.25)
+            await asyncio.sleep(next(pause))
 
     def close(self) -> None:
         """Close the connections that are not lent."""

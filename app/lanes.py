@@ -9,7 +9,6 @@ of a call is applied after its deadline, however late the database comes to it: 
 import asyncio
 import contextlib
 import logging
-import random
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Sequence
 from datetime import datetime, timedelta
@@ -20,7 +19,7 @@ from uuid import UUID
 import asyncpg
 from aiohttp import web
 
-from app.database import SETTINGS, connect, session_survives
+from app.database import SETTINGS, connect, pauses, session_survives
 from app.messages import Operation
 from app.metrics import BATCH_SIZE, CALLS_IN_FLIGHT, LANE_WAITING, OPERATIONS, RESENDS
 from app.problems import NO_ANSWER, REFUSALS, Problem, Refusal
@@ -29,9 +28,9 @@ from app.settings import Settings
 BULK_LINES = 2
 """Connections for bulk requests in each worker."""
 CLOCK_AGE = 5.0
-"""Seconds that the clocks of the service and the database are trusted to go alike."""
+"""Seconds that the database's clock, once it was read, is trusted to go like the loop's."""
 LEAD = 0.05
-"""Seconds between the database's last moment for a call and its deadline, for what the clocks differ by."""
+"""Seconds by which the database's last moment for a call comes before its deadline, should it not have done so."""
 
 _IN_TIME = "case when clock_timestamp() < $5 then true else wallet.raise_too_late() end"
 """The filter of the query is evaluated on the function's rows: after it has run, and while it holds its locks."""
@@ -123,8 +122,8 @@ class Line:
         self._backend: Any = None
         self._abandoned: Any = None
         self._lost = False
-        self._clocks_read = -CLOCK_AGE
-        self._database_clock: Any = None
+        self._clock: Any = None
+        self._clock_read = 0.0
 
     async def apply(self, requests: Sequence[Request], until: float, *, again: bool = False) -> list[Outcome]:
         """Apply requests in one call and return their outcomes, in order, once they are committed.
@@ -146,7 +145,7 @@ class Line:
         return outcomes
 
     async def _apply(self, requests: Sequence[Request], last: float) -> list[Outcome]:
-        delay = 0.02
+        pause = pauses()
         while True:
             try:
                 await self._prepare()
@@ -155,12 +154,11 @@ class Line:
             except asyncpg.PostgresError as error:
                 extra = {"sqlstate": error.sqlstate}
                 _log.warning("a call failed and is made again: SQLSTATE %s", error.sqlstate, extra=extra)
-                self._clocks_read = -CLOCK_AGE  # perhaps it was too late for a clock that was set
+                self._clock = None  # perhaps it was too late by a clock that was set
             except NO_ANSWER as error:
                 _log.warning("a call was lost and is made again: %s", type(error).__name__)
             RESENDS.inc()
-            await asyncio.sleep(delay * random.uniform(0.5, 1.5))
-            delay = min(delay * 2, 0.25)
+            await asyncio.sleep(next(pause))
         return _recognise(requests, outcomes) if self._lost else outcomes
 
     async def close(self) -> None:
@@ -170,7 +168,7 @@ class Line:
             self._connection = None
 
     async def _call(self, requests: Sequence[Request], last: float) -> list[Outcome]:
-        deadline = self._database_clock + timedelta(seconds=last - self._clocks_read)
+        deadline = self._clock + timedelta(seconds=last - self._clock_read)
         try:
             if len(requests) == 1:  # the shorter way for a lone client; what it refuses, the array function explains
                 with contextlib.suppress(Refusal):
@@ -192,6 +190,7 @@ class Line:
         """Have a connection, no abandoned backend, and the time on the database's clock."""
         try:
             if self._connection is None or self._connection.is_closed():
+                self._clock = None
                 self._connection = await connect(self._url, self._deadline, "wallet lane")
                 self._backend = await self._connection.fetchrow(
                     "select pid, backend_start from pg_stat_activity where pid = pg_backend_pid()"
@@ -206,17 +205,17 @@ class Line:
                     await asyncio.sleep(0.01)
                 else:
                     self._abandoned = None
-            await self._read_clocks()
+            await self._read_clock()
         except BaseException:
             await self.close()
             raise
 
-    async def _read_clocks(self) -> None:
-        """Know what time it is on the database's clock, or a little less: the answer took its time too."""
+    async def _read_clock(self) -> None:
+        """Know what time it is by the database's clock, or a little less: the answer took its time too."""
         loop = asyncio.get_running_loop()
-        if loop.time() - self._clocks_read > CLOCK_AGE:
-            self._database_clock = await self._connection.fetchval("select clock_timestamp()")
-            self._clocks_read = loop.time()
+        if self._clock is None or loop.time() - self._clock_read > CLOCK_AGE:
+            self._clock = await self._connection.fetchval("select clock_timestamp()")
+            self._clock_read = loop.time()
 
 
 def count(requests: Sequence[Request], outcomes: Sequence[Outcome]) -> None:

@@ -137,15 +137,6 @@ def answer_bad_http(
 web.RequestHandler.handle_error = answer_bad_http  # type: ignore[method-assign, assignment]
 
 
-async def expect(request: web.Request) -> web.StreamResponse | None:
-    """Let a client that expects 100-continue go on; no other expectation can be met (RFC 9110, section 10.1.1)."""
-    if request.headers["Expect"].lower() != "100-continue":
-        return Problem(417, "expectation_failed", "Only 100-continue can be expected").response()
-    await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-    request.writer.output_size = 0
-    return None
-
-
 @web.middleware
 async def problems(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Answer whatever a handler raises as problem+json."""

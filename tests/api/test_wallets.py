@@ -340,4 +340,8 @@ async def test_a_request_that_the_database_does_not_answer_in_time_may_be_asked_
 async def test_only_100_continue_can_be_expected(client: TestClient) -> None:
     met = await client.post("/api/v1/wallets", json={"uuid": "patient"}, headers={"Expect": "100-continue"})
     assert met.status == 201
-    await problem(await client.post("/api/v1/wallets", headers={"Expect": "miracles"}), 417, "expectation_failed")
+    refused = await client.post("/api/v1/wallets", headers={"Expect": "miracles", "X-Request-ID": "wonder"})
+    await problem(refused, 417, "expectation_failed")
+    assert refused.headers["X-Request-ID"] == "wonder"
+    counted = 'wallet_request_seconds_count{method="POST",route="/api/v1/wallets",status="417"}'
+    assert counted in await (await client.get("/metrics")).text()
