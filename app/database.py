@@ -39,8 +39,14 @@ async def connect(url: str, deadline: float, name: str = "wallet") -> Any:
     The server ends a statement after `deadline` seconds by itself, so that none whose caller is gone holds a lock or a
     connection for ever. `name` is what pg_stat_activity calls the session.
     """
-    settings = {"application_name": name, "statement_timeout": f"{deadline * 1000:.0f}"}
-    return await asyncpg.connect(url, timeout=CONNECT_TIMEOUT, server_settings=settings)
+    settings = {"application_name": name}
+    connection = await asyncpg.connect(url, timeout=CONNECT_TIMEOUT, server_settings=settings)
+    try:  # not with the other setting: a pooler would refuse the connection
+        await connection.execute(f"set statement_timeout = {round(deadline * 1000)}")
+    except BaseException:
+        connection.terminate()
+        raise
+    return connection
 
 
 def session_survives(error: BaseException) -> bool:
@@ -65,7 +71,7 @@ class Pool:
 
     def __init__(self, url: str, size: int, deadline: float) -> None:
         self._url = url
-        self._deadline = deadline
+        self.deadline = deadline
         self._places = asyncio.Semaphore(size)
         self._idle: list[Any] = []
 
@@ -75,7 +81,7 @@ class Pool:
         async with self._places:
             while self._idle and self._idle[-1].is_closed():
                 self._idle.pop()
-            connection = self._idle.pop() if self._idle else await connect(self._url, self._deadline)
+            connection = self._idle.pop() if self._idle else await connect(self._url, self.deadline)
             POOL_IN_USE.inc()
             try:
                 yield connection
@@ -94,7 +100,7 @@ class Pool:
         A refusal is definite; whatever else goes wrong is a database that is away, restarting or out of something.
         Raises Refusal, and TimeoutError after the deadline of a request.
         """
-        async with asyncio.timeout(self._deadline):
+        async with asyncio.timeout(self.deadline):
             return await self._fetch(query, *arguments)
 
     async def _fetch(self, query: str, *arguments: object) -> list[asyncpg.Record]:
@@ -167,12 +173,13 @@ async def is_migrated(connection: Any) -> bool:
 async def create_wallet(pool: Pool, wallet_uuid: str | None) -> Wallet:
     """Create a wallet; None for a random name. Raises Refusal: WA400, WA419."""
     name = wallet_uuid or str(uuid4())
-    try:
-        return _wallet(await pool.fetch("select id, uuid, balance from wallet.create_wallet($1)", name))
-    except Refusal as error:
-        if error.sqlstate == "WA419" and wallet_uuid is None:  # the name is ours: an earlier attempt had come through
-            return await get_wallet(pool, name)
-        raise
+    async with asyncio.timeout(pool.deadline):
+        try:
+            return _wallet(await pool.fetch("select id, uuid, balance from wallet.create_wallet($1)", name))
+        except Refusal as error:
+            if error.sqlstate == "WA419" and wallet_uuid is None:  # the name is ours: an earlier attempt came through
+                return await get_wallet(pool, name)
+            raise
 
 
 async def get_wallet(pool: Pool, wallet_uuid: str) -> Wallet:

@@ -2,8 +2,9 @@
 
 A wallet always uses the same lane of a process. A lane has one call in flight; what arrives meanwhile waits, and all
 of it goes in the next call, one commit for all. An idle lane sends at once. The queue is bounded, and so is the time
-that a request takes: at its deadline it is answered 503, whatever the lane is doing, and its call is given up. Nothing
-of a call is applied after its deadline, however late the database comes to it: the database itself looks at the clock.
+that a request takes: at its deadline it is answered 503, whatever the lane is doing. Its call was given up before that,
+and the database looks at the clock itself: a call that comes too late is taken back, and one that is in time holds its
+locks until it is committed. So what is refused after a 503 is not applied later by the call that was given up.
 """
 
 import asyncio
@@ -22,18 +23,23 @@ from aiohttp import web
 from app.database import SETTINGS, connect, pauses, session_survives
 from app.messages import Operation
 from app.metrics import BATCH_SIZE, CALLS_IN_FLIGHT, LANE_WAITING, OPERATIONS, RESENDS
-from app.problems import NO_ANSWER, REFUSALS, Problem, Refusal
+from app.problems import NO_ANSWER, NO_SUCCESS, REFUSALS, Problem, Refusal
 from app.settings import Settings
 
 BULK_LINES = 2
 """Connections for bulk requests in each worker."""
 CLOCK_AGE = 5.0
-"""Seconds that the database's clock, once it was read, is trusted to go like the loop's."""
+"""Seconds after which the database's clock is read again."""
 LEAD = 0.05
-"""Seconds by which the database's last moment for a call comes before its deadline, should it not have done so."""
+"""The part of a deadline by which a call is given up before it: room for clocks that do not go alike."""
+HEADROOM = 0.1
+"""The part of a deadline that every request of a call has before it, at least.
+
+With less, after an outage as long as the deadline, the oldest request of each call would spoil it for all the others.
+"""
 
 _IN_TIME = "case when clock_timestamp() < $5 then true else wallet.raise_too_late() end"
-"""The filter of the query is evaluated on the function's rows: after it has run, and while it holds its locks."""
+"""$5 is the call's last moment by the database's clock. A filter of a function's rows is evaluated when it has run."""
 
 _APPLY = f"""
 select
@@ -119,26 +125,30 @@ class Line:
         self._url = settings.database_url
         self._deadline = settings.request_deadline
         self._connection: Any = None
-        self._backend: Any = None
-        self._abandoned: Any = None
+        self._backend: asyncpg.Record | None = None
+        self._abandoned: asyncpg.Record | None = None
+        self._abandoned_until = 0.0
         self._lost = False
-        self._clock: Any = None
+        self._clock: datetime | None = None
         self._clock_read = 0.0
 
-    async def apply(self, requests: Sequence[Request], until: float, *, again: bool = False) -> list[Outcome]:
+    async def apply(self, requests: Sequence[Request], last: float, *, again: bool = False) -> list[Outcome]:
         """Apply requests in one call and return their outcomes, in order, once they are committed.
 
-        Tries until the database gives a definite answer. Raises TimeoutError at `until`, on the loop's clock: then
-        nothing is known, but whatever has not been applied never will be. `again`: the requests were in a call that was
-        given up, just before.
+        Tries until the database gives a definite answer. Raises TimeoutError at the last moment, on the loop's clock:
+        then nobody knows what was applied, and may be told so a LEAD later. `again`: the requests were in a call that
+        was given up, just before.
         """
         if not again:
             self._lost = False
         BATCH_SIZE.observe(len(requests))
         CALLS_IN_FLIGHT.inc()
         try:
-            async with asyncio.timeout_at(until):
-                outcomes = await self._apply(requests, until - LEAD)
+            async with asyncio.timeout_at(last):
+                outcomes = await self._apply(requests, last)
+        except TimeoutError:
+            await self._end_abandoned()
+            raise
         finally:
             CALLS_IN_FLIGHT.dec()
         count(requests, outcomes)
@@ -148,13 +158,14 @@ class Line:
         pause = pauses()
         while True:
             try:
-                await self._prepare()
-                outcomes = await self._call(requests, last)
+                clock = await self._prepare()
+                last_there = clock + timedelta(seconds=last - self._clock_read)
+                outcomes = await self._call(requests, last, last_there)
                 break
             except asyncpg.PostgresError as error:
                 extra = {"sqlstate": error.sqlstate}
                 _log.warning("a call failed and is made again: SQLSTATE %s", error.sqlstate, extra=extra)
-                self._clock = None  # perhaps it was too late by a clock that was set
+                self._clock = None  # if it was too late, then by a clock that has been set: read it again
             except NO_ANSWER as error:
                 _log.warning("a call was lost and is made again: %s", type(error).__name__)
             RESENDS.inc()
@@ -167,27 +178,27 @@ class Line:
             self._connection.terminate()
             self._connection = None
 
-    async def _call(self, requests: Sequence[Request], last: float) -> list[Outcome]:
-        deadline = self._clock + timedelta(seconds=last - self._clock_read)
+    async def _call(self, requests: Sequence[Request], last: float, last_there: datetime) -> list[Outcome]:
         try:
             if len(requests) == 1:  # the shorter way for a lone client; what it refuses, the array function explains
                 with contextlib.suppress(Refusal):
-                    return [Outcome._make(await self._connection.fetchrow(_APPLY_ONE, *requests[0], deadline))]
+                    return [Outcome._make(await self._connection.fetchrow(_APPLY_ONE, *requests[0], last_there))]
             arguments = [list(column) for column in zip(*requests, strict=True)]
-            return [Outcome._make(row) for row in await self._connection.fetch(_APPLY, *arguments, deadline)]
+            return [Outcome._make(row) for row in await self._connection.fetch(_APPLY, *arguments, last_there)]
         except BaseException as error:
             if not session_survives(error):  # it ended, perhaps between the commit and the answer
-                self._abandon()
+                self._lost = True
+                self._abandoned = self._backend
+                self._abandoned_until = last + LEAD * self._deadline
+                await self.close()
             raise
 
-    def _abandon(self) -> None:
-        self._lost = True
-        self._abandoned = self._backend
-        self._connection.terminate()
-        self._connection = None
+    async def _prepare(self) -> datetime:
+        """Have a connection and no abandoned backend; return the time by the database's clock at `_clock_read`.
 
-    async def _prepare(self) -> None:
-        """Have a connection, no abandoned backend, and the time on the database's clock."""
+        A backend that cannot be ended is waited for until its call is too late by any clock.
+        """
+        loop = asyncio.get_running_loop()
         try:
             if self._connection is None or self._connection.is_closed():
                 self._clock = None
@@ -201,21 +212,24 @@ class Line:
                     " where pid = $1 and backend_start = $2",
                     *self._abandoned,
                 )
-                if alive:
+                if alive and loop.time() < self._abandoned_until:
                     await asyncio.sleep(0.01)
                 else:
                     self._abandoned = None
-            await self._read_clock()
+            if self._clock is None or loop.time() - self._clock_read > CLOCK_AGE:
+                clock: datetime = await self._connection.fetchval("select clock_timestamp()")
+                self._clock, self._clock_read = clock, loop.time()  # it was read earlier than this, if anything
+            return self._clock
         except BaseException:
             await self.close()
             raise
 
-    async def _read_clock(self) -> None:
-        """Know what time it is by the database's clock, or a little less: the answer took its time too."""
-        loop = asyncio.get_running_loop()
-        if self._clock is None or loop.time() - self._clock_read > CLOCK_AGE:
-            self._clock = await self._connection.fetchval("select clock_timestamp()")
-            self._clock_read = loop.time()
+    async def _end_abandoned(self) -> None:
+        """End the backend of a call that was given up, so that it holds no locks, if the database answers at once."""
+        if self._abandoned is not None:
+            with contextlib.suppress(*NO_SUCCESS):
+                async with asyncio.timeout(LEAD * self._deadline):
+                    await self._prepare()
 
 
 def count(requests: Sequence[Request], outcomes: Sequence[Outcome]) -> None:
@@ -255,6 +269,7 @@ class Lane:
         self._limit = settings.lane_queue
         self._waiting: deque[Waiting] = deque()
         self._sent: list[Waiting] = []
+        self._late: list[Waiting] = []
         self._arrived = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
@@ -286,45 +301,56 @@ class Lane:
             await self._send()
 
     def _take(self) -> None:
-        while self._waiting and len(self._sent) < self._batch:
+        taken: list[Waiting] = []
+        while self._waiting and len(taken) < self._batch:
             waiting = self._waiting.popleft()
             if not waiting.outcome.done():  # else it was given up before it was sent
-                self._sent.append(waiting)
+                taken.append(waiting)
+        self._sent = self._with_headroom(taken)
         self._gauge.set(len(self._waiting))
 
+    def _with_headroom(self, requests: list[Waiting]) -> list[Waiting]:
+        """Return the requests that have time for a call; the others wait for their 503."""
+        least = self._loop.time() + HEADROOM * self._deadline
+        self._late += [waiting for waiting in requests if waiting.until <= least]
+        return [waiting for waiting in requests if waiting.until > least]
+
     async def _send(self) -> None:
-        """Send what was taken. At the deadline of the oldest request its call is given up, and the others go again."""
+        """Send what was taken. Its call is given up shortly before the deadline of the oldest; the others go again."""
         again = False
         while self._sent:
-            requests, until = [waiting.request for waiting in self._sent], self._sent[0].until
+            last = self._sent[0].until - LEAD * self._deadline
             try:
-                outcomes = await self._line.apply(requests, until, again=again)
+                outcomes = await self._line.apply([waiting.request for waiting in self._sent], last, again=again)
             except TimeoutError:
                 again = True
-                self._give_up(until)
+                self._sent = self._with_headroom(self._sent)
             except Exception:
                 _log.exception("a lane failed")
-                self._give_up(self._sent[-1].until)
+                self._late += self._sent
+                self._sent = []
             else:
                 for waiting, outcome in zip(self._sent, outcomes, strict=True):
                     if not waiting.outcome.done():
                         waiting.outcome.set_result(outcome)
-            self._sent = [waiting for waiting in self._sent if not waiting.outcome.done()]
+                self._sent = []
 
     def _watch(self) -> None:
         """Keep the deadlines, whatever the task is doing: one timer, for the oldest request that has no answer."""
-        oldest = self._give_up(self._loop.time())
-        self._timer = None if oldest is None else self._loop.call_at(oldest.until, self._watch)
-
-    def _give_up(self, now: float) -> Waiting | None:
-        """Give up the requests whose deadline has passed, and return the oldest that is left."""
-        for waiting in chain(self._sent, self._waiting):
-            if waiting.outcome.done():
-                continue
+        now = self._loop.time()
+        self._late = [waiting for waiting in self._late if not waiting.outcome.done()]
+        self._timer = None
+        for waiting in chain(self._late, self._sent, self._waiting):  # from the oldest on
             if waiting.until > now:
-                return waiting
-            waiting.outcome.set_exception(TimeoutError())
-        return None
+                self._timer = self._loop.call_at(waiting.until, self._watch)
+                break
+            if not waiting.outcome.done():
+                waiting.outcome.set_exception(TimeoutError())
+
+    def close(self) -> None:
+        """Stop watching."""
+        if self._timer is not None:
+            self._timer.cancel()
 
 
 class Bulk:
@@ -348,14 +374,18 @@ class Bulk:
         until = asyncio.get_running_loop().time() + self._deadline
         self._waiting += 1
         try:
-            async with asyncio.timeout_at(until):
+            async with asyncio.timeout_at(until - HEADROOM * self._deadline):
                 line = await self._idle.get()
         finally:
             self._waiting -= 1
         try:
-            return await line.apply(requests, until)
+            return await line.apply(requests, until - LEAD * self._deadline)
+        except TimeoutError:
+            pass
         finally:
             self._idle.put_nowait(line)
+        await asyncio.sleep(until - asyncio.get_running_loop().time())
+        raise TimeoutError
 
 
 LANES = web.AppKey("lanes", list[Lane])
@@ -381,6 +411,8 @@ async def lanes(app: web.Application) -> AsyncIterator[None]:
     app[BULK] = Bulk(lines[settings.lanes :], settings)
     tasks = [asyncio.create_task(lane.run()) for lane in app[LANES]]
     yield
+    for lane in app[LANES]:
+        lane.close()
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)

@@ -692,7 +692,7 @@ $$;
 -- Name: FUNCTION raise_too_late(); Type: COMMENT; Schema: wallet; Owner: -
 --
 
-COMMENT ON FUNCTION wallet.raise_too_late() IS 'Takes back the statement that calls it, because its deadline has passed. A query from wallet.apply_operations or wallet.apply_operation calls it where clock_timestamp() is past a deadline: that is looked at after the function has run and while it holds its locks, so nothing of the statement is applied after the deadline, however long it waited for a lock. Raises 57014 (query_canceled), always.';
+COMMENT ON FUNCTION wallet.raise_too_late() IS 'Takes back the statement that calls it, because its last moment has passed: select ... from wallet.apply_operations(...) where case when clock_timestamp() < $5 then true else wallet.raise_too_late() end. The clock is looked at when the function has run, however long it waited for a lock, and a call that is in time holds its locks until it is committed. Raises 57014 (query_canceled), always.';
 
 
 --

@@ -44,6 +44,7 @@ SIGNATURES = {
     "get_operation": "text, uuid",
     "list_operations": "text, bigint, int",
     "verify": "",
+    "raise_too_late": "",
 }
 """The public functions: name and argument types."""
 

@@ -25,7 +25,7 @@ class EarlyLine(lanes.Line):
         self._session: asyncpg.Connection | None = None
         self._commit: asyncio.Task[None] | None = None
 
-    async def apply(self, requests: Sequence[Request], until: float, *, again: bool = False) -> list[Outcome]:
+    async def apply(self, requests: Sequence[Request], last: float, *, again: bool = False) -> list[Outcome]:
         """Apply requests, and commit later."""
         while True:
             try:
