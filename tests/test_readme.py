@@ -116,6 +116,32 @@ def test_the_client_that_retries_tells_of_a_refusal(start: Start, tmp_path: Path
     assert (ran.stdout, ran.stderr) == ("Not enough money\n", "")
 
 
+def test_the_client_that_retries_believes_no_refusal_while_a_lost_attempt_may_be_applied(
+    start: Start, tmp_path: Path
+) -> None:
+    service = start()
+    [client] = blocks("python")
+    script = tmp_path / "client.py"
+
+    async def through_a_proxy() -> str:
+        proxy = Proxy(("127.0.0.1", service.port), Http)
+        await proxy.listen(("127.0.0.1", 0))
+        cut = proxy.cut_next(b"/operation", Point.BEFORE_THE_CALL)
+        told = client.replace("8000", str(proxy.address[1])).replace(
+            '"DEPOSIT", "amount": 500', '"WITHDRAW", "amount": 1501'
+        )
+        script.write_text(told)
+        process = await asyncio.create_subprocess_exec(sys.executable, script, stdout=subprocess.PIPE)
+        await cut
+        await asyncio.sleep(1.5)  # it has been refused meanwhile
+        service.deposit("1111111111", 1)
+        said, _ = await asyncio.wait_for(process.communicate(), 60)
+        await proxy.close()
+        return said.decode()
+
+    assert asyncio.run(through_a_proxy()) == "applied\n"
+
+
 def test_every_metric_and_label_that_is_named_exists_and_no_metric_is_left_out(start: Start) -> None:
     """An alert on what does not exist would never be raised."""
     service = start()

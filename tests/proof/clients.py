@@ -107,6 +107,7 @@ class Load:
         """When an operation was last answered with a 200."""
         self._port = port
         self._patience = deadline + 10
+        self._lingers = deadline + 1
         self._random = random
         self._over = False
         self._recent: deque[Operation] = deque(maxlen=RECENT)
@@ -155,6 +156,7 @@ class Load:
                 while waiting:
                     operation = waiting.pop()
                     while operation.is_open:
+                        await asyncio.sleep((operation.unknown_until or 0) - time.monotonic())
                         await connection.open()
                         await self.ask(connection, operation)
 
@@ -166,7 +168,10 @@ class Load:
         attempt = self._write_down(connection, operation)
         answer = await self._answer(connection, f"/api/v1/wallets/{operation.wallet}/operation", _body(operation))
         attempt.ended = time.monotonic()
-        if answer is None or answer.status >= 500:
+        if answer is None:
+            attempt.lingers = self._lingers
+            return
+        if answer.status >= 500:
             return
         if answer.status == 200:
             attempt.outcome = APPLIED
@@ -192,6 +197,7 @@ class Load:
             outcomes = [UNKNOWN] * len(attempts)
         for attempt, outcome in zip(attempts, outcomes, strict=True):
             attempt.ended = ended
+            attempt.lingers = self._lingers if answer is None else 0
             attempt.outcome = DUPLICATE if outcome == "duplicate_operation" else outcome
         self._succeeded(outcomes.count(APPLIED), ended)
 

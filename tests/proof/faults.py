@@ -281,14 +281,16 @@ class Fault:
 
 QUICK = {"REQUEST_DEADLINE": "1"}
 """So that an outage longer than the deadline need not be long."""
+SOON_FINAL = {"REQUEST_DEADLINE": "5"}
+"""So that what nobody answered is soon final."""
 
 FAULTS = {
     # section                 what is done               full  short  what it may cost
     "postgres-killed": Fault(postgres_is_killed, 100, 4, Outage.SHORTER),
-    "service-killed": Fault(service_is_killed, 100, 4, Outage.SHORTER),
-    "service-stopped": Fault(service_is_stopped, 50, 2, Outage.SHORTER),
+    "service-killed": Fault(service_is_killed, 100, 4, Outage.SHORTER, settings=SOON_FINAL),
+    "service-stopped": Fault(service_is_stopped, 50, 2, Outage.SHORTER, settings=SOON_FINAL),
     "database-cut": Fault(database_connection_is_cut, 4 * 1000, 4 * 15, Outage.SHORTER, "database"),
-    "client-cut": Fault(client_connection_is_cut, 4 * 1000, 4 * 15, Outage.SHORTER, "service"),
+    "client-cut": Fault(client_connection_is_cut, 4 * 1000, 4 * 15, Outage.SHORTER, "service", SOON_FINAL),
     "backends-ended": Fault(backend_is_ended, 2 * 1000, 2 * 20, Outage.SHORTER),
     "postgres-frozen": Fault(postgres_is_frozen, 20, 1, Outage.LONGER, settings=QUICK),
     "disk-full": Fault(disk_is_full, 10, 1, Outage.LONGER, settings=QUICK, server=small_disk),

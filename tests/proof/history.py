@@ -1,7 +1,9 @@
 """What clients asked for and were told, what the database holds, and the rules by which the two must agree.
 
 A client writes down each attempt before it sends it. An attempt that got no answer, or a 503, is unknown: its operation
-is asked for again, under the same operation_uuid, until the answer is definite.
+is asked for again, under the same operation_uuid, until the answer is definite. A success always is. A refusal is,
+unless an attempt that nobody answered can still be on its way: that one is applied within the deadline of a request or
+not at all.
 """
 
 from bisect import bisect_left, bisect_right
@@ -34,6 +36,8 @@ class Attempt:
     ended: float = float("inf")
     outcome: str = UNKNOWN
     first_on_connection: bool = False
+    lingers: float = 0.0
+    """Seconds after its end in which an unknown one can still be applied. After a 503 there are none."""
 
 
 @dataclass(slots=True, eq=False)
@@ -52,13 +56,17 @@ class Operation:
         return min((one.ended for one in self.attempts if one.outcome in (APPLIED, DUPLICATE)), default=None)
 
     @property
+    def unknown_until(self) -> float | None:
+        """When the last of the unknown attempts has become final; None if there is none."""
+        return max((one.ended + one.lingers for one in self.attempts if one.outcome == UNKNOWN), default=None)
+
+    @property
     def is_open(self) -> bool:
-        """Tell whether it may have been applied and may not: no attempt after the unknown ones was decided."""
-        if self.acknowledged is not None:
+        """Tell whether it may have been applied and may not: none was decided after the unknown ones were final."""
+        if self.acknowledged is not None or self.unknown_until is None:
             return False
-        unknown = max((one.ended for one in self.attempts if one.outcome == UNKNOWN), default=None)
         decided = max((one.sent for one in self.attempts if one.outcome not in (UNKNOWN, OVERLOADED)), default=-1.0)
-        return unknown is not None and unknown > decided
+        return self.unknown_until > decided
 
 
 class Read(NamedTuple):
