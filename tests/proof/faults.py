@@ -293,7 +293,7 @@ FAULTS = {
     "client-cut": Fault(client_connection_is_cut, 4 * 1000, 4 * 15, Outage.SHORTER, "service", SOON_FINAL),
     "backends-ended": Fault(backend_is_ended, 2 * 1000, 2 * 20, Outage.SHORTER),
     "postgres-frozen": Fault(postgres_is_frozen, 20, 1, Outage.LONGER, settings=QUICK),
-    "disk-full": Fault(disk_is_full, 10, 1, Outage.LONGER, settings=QUICK, server=small_disk),
+    "disk-full": Fault(disk_is_full, 20, 1, Outage.LONGER, settings=QUICK, server=small_disk),
     "connections-exhausted": Fault(connections_are_exhausted, 6, 1, Outage.LONGER, settings=QUICK),
     "read-only": Fault(database_is_read_only, 6, 1, Outage.LONGER, settings=QUICK),
     "functions-replaced": Fault(functions_are_replaced, 50, 3, Outage.SHORTER),

@@ -41,7 +41,7 @@ EARLIER = """\
 ## What earlier runs found
 
 - A call that was given up could apply an operation after its caller had been told 503 and been refused by another
-  worker. Now nothing of a call is applied after its deadline:
+  worker. Now the database takes a call back that comes too late:
   `test_a_frozen_backend_that_goes_on_after_the_503_applies_nothing` and
   `test_what_is_refused_after_a_503_is_not_applied_later` in [test_lanes.py](../api/test_lanes.py).
 - A client that lost its connection and asked again at once could be refused by another worker, and the first attempt be
