@@ -39,9 +39,8 @@ async def connect(url: str, deadline: float, name: str = "wallet") -> Any:
     The server ends a statement after `deadline` seconds by itself, so that none whose caller is gone holds a lock or a
     connection for ever. `name` is what pg_stat_activity calls the session.
     """
-    settings = {"application_name": name}
-    connection = await asyncpg.connect(url, timeout=CONNECT_TIMEOUT, server_settings=settings)
-    try:  # not with the other setting: a pooler would refuse the connection
+    connection = await asyncpg.connect(url, timeout=CONNECT_TIMEOUT, server_settings={"application_name": name})
+    try:  # by a statement: a pooler refuses a session that begins with this setting
         await connection.execute(f"set statement_timeout = {round(deadline * 1000)}")
     except BaseException:
         connection.terminate()

@@ -105,7 +105,7 @@ class Outcome(NamedTuple):
 
 
 class Waiting(NamedTuple):
-    """A request, the future of its outcome, and when it is given up (on the loop's clock)."""
+    """A request, the future of its outcome, and its deadline (on the loop's clock)."""
 
     request: Request
     outcome: asyncio.Future[Outcome]

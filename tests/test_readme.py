@@ -1,11 +1,13 @@
 """README.md is run: its sessions are typed in against a new service, and what comes out must be what stands there."""
 
 import asyncio
+import contextlib
 import os
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import NamedTuple
 from urllib.request import urlopen
@@ -81,25 +83,46 @@ def test_the_sessions_go_as_shown(start: Start) -> None:
         assert superuser.execute("select * from wallet.verify()").fetchall() == []
 
 
+TOO_MUCH = ('"DEPOSIT", "amount": 500', '"WITHDRAW", "amount": 1501')
+"""What makes of the client's deposit a withdrawal of more than the wallet holds."""
+
+
+@contextlib.asynccontextmanager
+async def running_client(
+    service: Service, folder: Path, *changes: tuple[str, str]
+) -> AsyncIterator[tuple[Proxy, Callable[[], Awaitable[str]]]]:
+    """The README's client, changed, behind a proxy: yields the proxy and what runs the client and returns its words."""
+    [client] = blocks("python")
+    proxy = Proxy(("127.0.0.1", service.port), Http)
+    await proxy.listen(("127.0.0.1", 0))
+    for old, new in (("8000", str(proxy.address[1])), *changes):
+        assert old in client
+        client = client.replace(old, new)
+    script = folder / "client.py"
+    script.write_text(client)
+
+    async def say() -> str:
+        process = await asyncio.create_subprocess_exec(sys.executable, script, stdout=subprocess.PIPE)
+        said, _ = await asyncio.wait_for(process.communicate(), 60)
+        assert process.returncode == 0
+        return said.decode()
+
+    yield proxy, say
+    await proxy.close()
+
+
 @pytest.mark.parametrize("point", [None, *Point])
 def test_the_client_that_retries_succeeds_once_whatever_becomes_of_its_connection(
     point: Point | None, start: Start, tmp_path: Path
 ) -> None:
     service = start()
-    [client] = blocks("python")
-    script = tmp_path / "client.py"
 
     async def through_a_proxy() -> str:
-        proxy = Proxy(("127.0.0.1", service.port), Http)
-        await proxy.listen(("127.0.0.1", 0))
-        cuts = [] if point is None else [proxy.cut_next(b"/operation", point) for _ in range(2)]
-        script.write_text(client.replace("8000", str(proxy.address[1])).replace("time.sleep(1)", "time.sleep(0.01)"))
-        process = await asyncio.create_subprocess_exec(sys.executable, script, stdout=subprocess.PIPE)
-        said, _ = await asyncio.wait_for(process.communicate(), 60)
-        assert all(cut.done() for cut in cuts)
-        await proxy.close()
-        assert process.returncode == 0
-        return said.decode()
+        async with running_client(service, tmp_path, ("time.sleep(1)", "time.sleep(0.01)")) as (proxy, say):
+            cuts = [] if point is None else [proxy.cut_next(b"/operation", point) for _ in range(2)]
+            said = await say()
+            assert all(cut.done() for cut in cuts)
+            return said
 
     assert asyncio.run(through_a_proxy()) == "applied\n"
     assert service.balance("1111111111") == 2000
@@ -109,9 +132,7 @@ def test_the_client_that_retries_tells_of_a_refusal(start: Start, tmp_path: Path
     service = start()
     [client] = blocks("python")
     script = tmp_path / "client.py"
-    script.write_text(
-        client.replace("8000", str(service.port)).replace('"DEPOSIT", "amount": 500', '"WITHDRAW", "amount": 1501')
-    )
+    script.write_text(client.replace("8000", str(service.port)).replace(*TOO_MUCH))
     ran = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
     assert (ran.stdout, ran.stderr) == ("Not enough money\n", "")
 
@@ -120,24 +141,15 @@ def test_the_client_that_retries_believes_no_refusal_while_a_lost_attempt_may_be
     start: Start, tmp_path: Path
 ) -> None:
     service = start()
-    [client] = blocks("python")
-    script = tmp_path / "client.py"
 
     async def through_a_proxy() -> str:
-        proxy = Proxy(("127.0.0.1", service.port), Http)
-        await proxy.listen(("127.0.0.1", 0))
-        cut = proxy.cut_next(b"/operation", Point.BEFORE_THE_CALL)
-        told = client.replace("8000", str(proxy.address[1])).replace(
-            '"DEPOSIT", "amount": 500', '"WITHDRAW", "amount": 1501'
-        )
-        script.write_text(told)
-        process = await asyncio.create_subprocess_exec(sys.executable, script, stdout=subprocess.PIPE)
-        await cut
-        await asyncio.sleep(1.5)  # it has been refused meanwhile
-        service.deposit("1111111111", 1)
-        said, _ = await asyncio.wait_for(process.communicate(), 60)
-        await proxy.close()
-        return said.decode()
+        async with running_client(service, tmp_path, TOO_MUCH) as (proxy, say):
+            cut = proxy.cut_next(b"/operation", Point.BEFORE_THE_CALL)
+            saying = asyncio.create_task(say())
+            await cut
+            await asyncio.sleep(1.5)  # it has been refused meanwhile
+            service.deposit("1111111111", 1)
+            return await saying
 
     assert asyncio.run(through_a_proxy()) == "applied\n"
 

@@ -107,6 +107,17 @@ def lane_pids(superuser: psycopg.Connection, condition: str = "true") -> list[in
     return [pid for (pid,) in superuser.execute(query.encode())]
 
 
+@contextlib.contextmanager
+def frozen_backend(superuser: psycopg.Connection) -> Iterator[int]:
+    """Stop the backend of the only lane that has one; it goes on afterwards. Yields its pid."""
+    [pid] = lane_pids(superuser)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield pid
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
 async def waiting_call(superuser: psycopg.Connection) -> int:
     """Wait for a lane's call that waits for a lock, and return its backend's pid."""
     [pid] = await until(lambda: lane_pids(superuser, "wait_event_type = 'Lock'"))
@@ -717,15 +728,11 @@ async def test_a_frozen_backend_that_goes_on_after_the_503_applies_nothing(
     one, other = [await aiohttp_client(make_app(settings)) for _ in range(2)]
     await create(one, {"w": 0})
     await problem(await withdraw(one, "w", 1), 400, "insufficient_funds")  # now the lane has its backend
-    [frozen] = lane_pids(superuser)
 
-    os.kill(frozen, signal.SIGSTOP)
-    try:
+    with frozen_backend(superuser) as frozen:
         assert (await withdraw(one, "w", 100, A)).status == 503
         await problem(await withdraw(other, "w", 100, A), 400, "insufficient_funds")
         assert (await deposit(other, "w", 100)).status == 200
-    finally:
-        os.kill(frozen, signal.SIGCONT)
     await until(lambda: frozen not in lane_pids(superuser))
 
     assert await balance(other, "w") == 100
@@ -793,14 +800,10 @@ async def test_a_backend_that_cannot_be_ended_is_not_waited_for_for_ever(
     client = await aiohttp_client(make_app(Settings(database_url=database_url, lanes=1, request_deadline=1)))
     await create(client, {"w": 0})
     await deposit(client, "w", 1)
-    [frozen] = lane_pids(superuser)
 
-    os.kill(frozen, signal.SIGSTOP)
-    try:
+    with frozen_backend(superuser) as frozen:
         assert (await deposit(client, "w", 1)).status == 503
         assert (await deposit(client, "w", 1, A)).status == 200
-    finally:
-        os.kill(frozen, signal.SIGCONT)
     await until(lambda: frozen not in lane_pids(superuser))
     assert await balance(client, "w") == 2
 

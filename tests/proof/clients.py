@@ -167,11 +167,8 @@ class Load:
         """Make one attempt at an operation and write down what came of it."""
         attempt = self._write_down(connection, operation)
         answer = await self._answer(connection, f"/api/v1/wallets/{operation.wallet}/operation", _body(operation))
-        attempt.ended = time.monotonic()
-        if answer is None:
-            attempt.lingers = self._lingers
-            return
-        if answer.status >= 500:
+        self._note_end(answer, attempt)
+        if answer is None or answer.status >= 500:
             return
         if answer.status == 200:
             attempt.outcome = APPLIED
@@ -188,7 +185,7 @@ class Load:
         attempts = [self._write_down(connection, operation) for operation in operations]
         body = [{"wallet_uuid": operation.wallet, **_body(operation)} for operation in operations]
         answer = await self._answer(connection, "/api/v1/operations", {"operations": body})
-        ended = time.monotonic()
+        ended = self._note_end(answer, *attempts)
         if answer is not None and answer.status == 200:
             outcomes = [one.get("code", APPLIED) for one in answer.body["results"]]
         elif answer is not None and answer.status < 500:
@@ -196,8 +193,6 @@ class Load:
         else:
             outcomes = [UNKNOWN] * len(attempts)
         for attempt, outcome in zip(attempts, outcomes, strict=True):
-            attempt.ended = ended
-            attempt.lingers = self._lingers if answer is None else 0
             attempt.outcome = DUPLICATE if outcome == "duplicate_operation" else outcome
         self._succeeded(outcomes.count(APPLIED), ended)
 
@@ -260,6 +255,14 @@ class Load:
         attempt = Attempt(time.monotonic(), first_on_connection=connection.answers == 0)
         operation.attempts.append(attempt)
         return attempt
+
+    def _note_end(self, answer: Answer | None, *attempts: Attempt) -> float:
+        """Write down when a request ended, and whether it may still have an effect; return when."""
+        ended = time.monotonic()
+        for attempt in attempts:
+            attempt.ended = ended
+            attempt.lingers = self._lingers if answer is None else 0
+        return ended
 
     async def _answer(self, connection: Connection, path: str, body: object = None) -> Answer | None:
         try:

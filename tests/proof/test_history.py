@@ -78,6 +78,7 @@ def test_an_operation_that_nobody_asked_again_for(history: History, books: Books
 def test_a_refusal_during_an_unknown_attempt_decides_nothing() -> None:
     assert asked(1, "WITHDRAW", 1, (0, 5, UNKNOWN), (4, 6, NO_MONEY)).is_open
     assert not asked(1, "WITHDRAW", 1, (0, 5, UNKNOWN), (5, 6, NO_MONEY)).is_open
+    assert not asked(1, "WITHDRAW", 1, (0, 5, UNKNOWN), (4, 6, DUPLICATE)).is_open
 
 
 def test_a_refusal_while_an_unanswered_attempt_may_be_on_its_way_decides_nothing() -> None:
@@ -87,7 +88,6 @@ def test_a_refusal_while_an_unanswered_attempt_may_be_on_its_way_decides_nothing
     assert operation.is_open
     operation.attempts.append(Attempt(15, 16, NO_MONEY))
     assert not operation.is_open
-    assert not asked(1, "WITHDRAW", 1, (0, 5, UNKNOWN), (4, 6, DUPLICATE)).is_open
 
 
 @pytest.mark.parametrize("code", ["wallet_not_found", "internal_error", "duplicate of another request"])
