@@ -51,7 +51,7 @@ async def apply_operation(request: web.Request) -> web.Response:
     name = wallet_uuid(request)
     operation = await read_body(request, _new_operation)
     asked = Request(name, operation.operation_uuid, operation.operation_type, operation.amount)
-    outcome = await lanes.apply(request.app, asked)
+    [outcome] = await lanes.apply(request.app, asked)
     if outcome.sqlstate is not None:
         recorded = outcome.recorded(asked)
         same_request = None if recorded is None else outcome.is_repeat_of(asked)

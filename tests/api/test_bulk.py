@@ -1,6 +1,7 @@
 """The bulk request: each operation has its own outcome, as if they had been asked for one after another."""
 
 import asyncio
+import contextlib
 import random
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
@@ -12,7 +13,9 @@ from aiohttp import ClientResponse
 from aiohttp.test_utils import TestClient
 from pytest_aiohttp.plugin import AiohttpClient
 
+from app import lanes
 from app.application import make_app
+from app.lanes import BULK
 from app.messages import BULK_BODY_LIMIT
 from app.settings import Settings
 from tests.api.door import MAX, balance, create, deposit, history, problem, withdraw
@@ -284,6 +287,16 @@ async def test_all_in_one_request(case: Case, client: TestClient) -> None:
     assert {wallet: await balance(client, wallet) for wallet in case.wallets} == case.balances
 
 
+async def test_names_and_amounts_arrive_as_they_are(client: TestClient) -> None:
+    names = ["NULL", "null", "-", "_", "0", "-1", "w" * 64]
+    await create(client, dict.fromkeys(names, 0))
+
+    told = await results(client, [item(name, "DEPOSIT", MAX - number) for number, name in enumerate(names)])
+
+    assert told == [success(MAX - number, 1) for number in range(len(names))]
+    assert [await balance(client, name) for name in names] == [MAX - number for number in range(len(names))]
+
+
 async def test_bulk_and_single_requests_for_one_wallet_at_once_keep_the_books(client: TestClient) -> None:
     await create(client, {"w": 0, "v": 0})
     moved = dict.fromkeys(("w", "v"), 0)
@@ -347,24 +360,128 @@ async def test_a_lost_bulk_call_answers_what_was_applied(
     assert [await balance(client, wallet) for wallet in ("w", "v")] == [5, 1]
 
 
+def sent(superuser: psycopg.Connection) -> int:
+    """Return the number of calls that wait for a lock."""
+    query = "select count(*) from pg_stat_activity where wait_event_type = 'Lock' and datname = current_database()"
+    return superuser.execute(query).fetchone()[0]
+
+
+def waiting(client: TestClient) -> int:
+    """Return the number of bulk requests that wait for a call."""
+    return len(client.app[BULK]._waiting)
+
+
+@contextlib.asynccontextmanager
+async def two_calls(client: TestClient, superuser: psycopg.Connection) -> AsyncIterator[None]:
+    """Keep bulk requests waiting: both calls wait for wallet `pilot`."""
+    with locked(superuser, "pilot"):
+        ahead = []
+        for calls in (1, 2):
+            ahead.append(asyncio.create_task(bulk(client, [item("pilot", "DEPOSIT", 1)])))
+            await until(lambda calls=calls: sent(superuser) == calls)
+        yield
+    assert [(await answer).status for answer in ahead] == [200, 200]
+
+
+@pytest.mark.parametrize(("batch", "calls"), [(4096, [9]), (6, [6, 3]), (5, [3, 3, 3]), (2, [3, 3, 3])])
+async def test_bulk_requests_that_wait_share_a_call(
+    batch: int,
+    calls: list[int],
+    superuser: psycopg.Connection,
+    database_url: str,
+    aiohttp_client: AiohttpClient,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(lanes, "BULK_BATCH", batch)
+    client = await aiohttp_client(make_app(Settings(database_url=database_url)))
+    await create(client, {"pilot": 0, "w": 0})
+    operations = [uuid4() for _ in range(9)]
+
+    async with two_calls(client, superuser):
+        asked: list[asyncio.Task[list[dict[str, Any]]]] = []
+        for some in (operations[:3], operations[3:6], operations[6:]):
+            asked.append(asyncio.create_task(results(client, [item("w", "DEPOSIT", 1, one) for one in some])))
+            await until(lambda: waiting(client) == len(asked))
+
+    for told in await asyncio.gather(*asked):
+        assert [result["applied"] for result in told] == [True] * 3
+    query = "select count(*) from wallet.operation where operation_uuid = any(%s) group by created_at"
+    assert sorted((count for (count,) in superuser.execute(query, [operations])), reverse=True) == calls
+
+
+async def test_the_refusals_of_bulk_requests_that_share_a_call_are_each_told_to_the_right_one(
+    superuser: psycopg.Connection, client: TestClient
+) -> None:
+    await create(client, {"pilot": 0, "w": 1})
+    async with two_calls(client, superuser):
+        first = asyncio.create_task(results(client, [item("w", "WITHDRAW", 2), item("w", "DEPOSIT", 3, A)]))
+        await until(lambda: waiting(client) == 1)
+        second = asyncio.create_task(results(client, [item("w", "DEPOSIT", 3, A), item("w", "WITHDRAW", 2)]))
+        await until(lambda: waiting(client) == 2)
+
+    assert await first == [NO_MONEY, success(4, 2)]
+    assert await second == [DUPLICATE, success(2, 3)]
+
+
+@contextlib.asynccontextmanager
+async def call_under_way(client: TestClient, superuser: psycopg.Connection) -> AsyncIterator[None]:
+    """Keep one call of three operations waiting for wallet `w`."""
+    with locked(superuser, "w"):
+        three = [item("w", "DEPOSIT", 1) for _ in range(3)]
+        call = asyncio.create_task(bulk(client, three))
+        await until(lambda: sent(superuser) == 1)
+        yield
+        assert not call.done()
+    assert (await call).status == 200
+
+
+async def test_a_second_call_waits_for_as_much_as_the_first_one_carries(
+    superuser: psycopg.Connection, client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lanes, "LINGER", 3600)
+    await create(client, {"w": 0, "v": 0})
+    async with call_under_way(client, superuser):
+        few = [asyncio.create_task(bulk(client, [item("v", "DEPOSIT", 1)])) for _ in range(2)]
+        await until(lambda: waiting(client) == 2)
+        await asyncio.sleep(0.1)
+        assert waiting(client) == 2
+
+        few.append(asyncio.create_task(bulk(client, [item("v", "DEPOSIT", 1)])))
+        assert [(await answer).status for answer in few] == [200] * 3
+
+
+async def test_a_second_call_goes_when_the_first_one_is_over(
+    superuser: psycopg.Connection, client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lanes, "LINGER", 3600)
+    await create(client, {"w": 0, "v": 0})
+    async with call_under_way(client, superuser):
+        second = asyncio.create_task(bulk(client, [item("v", "DEPOSIT", 1)]))
+        await until(lambda: waiting(client) == 1)
+    async with asyncio.timeout(5):  # half of the deadline
+        assert (await second).status == 200
+
+
+async def test_a_second_call_waits_no_more_than_a_moment(superuser: psycopg.Connection, client: TestClient) -> None:
+    await create(client, {"w": 0, "v": 0})
+    async with call_under_way(client, superuser), asyncio.timeout(5):  # half of the deadline
+        assert (await bulk(client, [item("v", "DEPOSIT", 1)])).status == 200
+
+
 async def test_one_bulk_request_too_many_is_told_at_once(
     superuser: psycopg.Connection, database_url: str, aiohttp_client: AiohttpClient
 ) -> None:
     client = await aiohttp_client(make_app(Settings(database_url=database_url, bulk_queue=3)))
-    await create(client, {"w": 0})
-    query = "select count(*) from pg_stat_activity where wait_event_type = 'Lock' and datname = current_database()"
+    await create(client, {"pilot": 0, "w": 0})
 
-    with locked(superuser, "w"):
-        asked = [asyncio.create_task(bulk(client, [item("w", "DEPOSIT", 1)])) for _ in range(10)]
+    async with two_calls(client, superuser):
+        accepted = [asyncio.create_task(bulk(client, [item("w", "DEPOSIT", 1)])) for _ in range(3)]
+        await until(lambda: waiting(client) == 3)
         async with asyncio.timeout(5):  # half of the deadline
-            while sum(task.done() for task in asked) < 5:
-                await asyncio.wait([task for task in asked if not task.done()], return_when=asyncio.FIRST_COMPLETED)
-        await until(lambda: superuser.execute(query).fetchone() == (2,))
-        refused = [task.result() for task in asked if task.done()]
+            refused = await asyncio.gather(*(bulk(client, [item("w", "DEPOSIT", 1000)]) for _ in range(5)))
 
-    assert len(refused) == 5
     for answer in refused:
         await problem(answer, 429, "overloaded")
         assert int(answer.headers["Retry-After"]) > 0
-    assert sorted(answer.status for answer in await asyncio.gather(*asked)) == [200] * 5 + [429] * 5
-    assert await balance(client, "w") == 5
+    assert [(await answer).status for answer in accepted] == [200] * 3
+    assert await balance(client, "w") == 3

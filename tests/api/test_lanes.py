@@ -510,8 +510,9 @@ async def test_a_request_has_its_deadline_even_if_its_lane_is_dead(
 ) -> None:
     client = await aiohttp_client(make_app(Settings(database_url=database_url, lanes=1, request_deadline=0.3)))
     await create(client, {"w": 100})
-    [lane] = [task for task in asyncio.all_tasks() if task.get_coro().__qualname__ == "Lane.run"]
-    lane.cancel()
+    for task in asyncio.all_tasks():
+        if task.get_coro().__qualname__ == "Lane.run":
+            task.cancel()
 
     async with asyncio.timeout(5):
         await problem(await deposit(client, "w", 1), 503, "unavailable")
@@ -616,8 +617,8 @@ async def test_each_of_hundreds_of_requests_gets_its_own_answer(client: TestClie
 
 @contextlib.asynccontextmanager
 async def running_lane(line: Line, settings: Settings) -> AsyncIterator[Lane]:
-    lane = Lane(line, settings)
-    task = asyncio.create_task(lane.run())
+    lane = Lane("0", settings.lane_batch, settings.lane_queue, settings.request_deadline)
+    task = asyncio.create_task(lane.run(line))
     try:
         yield lane
     finally:
@@ -632,7 +633,7 @@ async def test_no_request_hangs_whenever_it_arrives(batch: int, client: TestClie
     wallets = ("w", "v", "u", "nobody")
     await create(client, {"v": 0, "u": 0})
     arrivals = 3_000 if batch == 1 else 20_000
-    asked: list[tuple[Request, asyncio.Future[Outcome]]] = []
+    asked: list[tuple[Request, asyncio.Future[list[Outcome]]]] = []
     settings = Settings(database_url=database_url, lane_batch=batch, lane_queue=10**6)
 
     async with running_lane(Line(settings), settings) as lane:
@@ -642,7 +643,7 @@ async def test_no_request_hangs_whenever_it_arrives(batch: int, client: TestClie
             )
             if asked and choice.random() < 0.1:  # the same again
                 request = choice.choice(asked[-50:])[0]
-            asked.append((request, lane.apply(request)))
+            asked.append((request, lane.apply([request])))
             if choice.random() < 0.01:  # somebody gives up
                 choice.choice(asked[-20:])[1].cancel()
             gap = choice.random()
@@ -663,7 +664,7 @@ async def test_no_request_hangs_whenever_it_arrives(batch: int, client: TestClie
         if future.cancelled():
             told[request.operation_uuid].append("gave up")
             continue
-        outcome = future.result()
+        [outcome] = future.result()
         told[request.operation_uuid].append(outcome.sqlstate)
         assert (outcome.sqlstate == "WA404") is (request.wallet_uuid == "nobody")
         assert outcome.sqlstate in (None, "WA404", "WA402", "WA409")
@@ -754,6 +755,22 @@ async def test_a_call_that_was_given_up_does_not_hold_its_locks_for_long(
     assert applied(await history(other, "a"), A) == [1]
 
 
+@pytest.mark.parametrize("name", ['"', "\\", ",", "}", "a b", "\n", "\N{WHITE CHESS QUEEN}", ""])
+async def test_a_name_that_no_wallet_can_have_spoils_nothing_for_the_others(
+    name: str, client: TestClient, database_url: str
+) -> None:
+    line = Line(Settings(database_url=database_url))
+    requests = [Request(one, uuid4(), "DEPOSIT", 1) for one in ("w", name, "w")]
+    outcomes = await line.apply(requests, asyncio.get_running_loop().time() + 5)
+
+    await line.close()
+    assert [(outcome.sqlstate, outcome.balance_after) for outcome in outcomes] == [
+        (None, 101),
+        ("WA400", None),
+        (None, 102),
+    ]
+
+
 @pytest.mark.parametrize("count", [1, 5])
 async def test_a_clock_that_is_set_ahead_delays_a_call_and_refuses_none(
     count: int, client: TestClient, database_url: str
@@ -814,12 +831,12 @@ async def test_a_lane_is_back_at_once_after_an_outage_longer_than_the_deadline_w
 ) -> None:
     """Those who wait are of every age: the oldest must not spoil the call for the others, one after another."""
     settings = Settings(database_url=database_url, request_deadline=1, lane_batch=batch)
-    asked: list[tuple[float, asyncio.Future[Outcome]]] = []
+    asked: list[tuple[float, asyncio.Future[list[Outcome]]]] = []
     over = asyncio.Event()
 
     async def arrivals(lane: Lane) -> None:
         while not over.is_set():
-            asked.append((time.monotonic(), lane.apply(Request("w", uuid4(), "DEPOSIT", 1))))
+            asked.append((time.monotonic(), lane.apply([Request("w", uuid4(), "DEPOSIT", 1)])))
             await asyncio.sleep(0.005)
 
     async with running_lane(Line(settings), settings) as lane:
@@ -835,7 +852,7 @@ async def test_a_lane_is_back_at_once_after_an_outage_longer_than_the_deadline_w
     late = [came - back for (came, _), outcome in zip(asked, done, strict=True) if isinstance(outcome, TimeoutError)]
     assert late
     assert max(late) < 0.5
-    assert {type(outcome) for outcome in done} == {Outcome, TimeoutError}
+    assert {type(outcomes) for outcomes in done} == {list, TimeoutError}
 
 
 async def test_what_shares_a_call_with_an_overdue_request_goes_on(
@@ -873,11 +890,11 @@ async def test_an_idle_lane_sends_at_once(client: TestClient, database_url: str)
     line = WatchedLine(settings)
     async with running_lane(line, settings) as lane:
         for count in range(1, 6):
-            future = lane.apply(Request("w", uuid4(), "DEPOSIT", 1))
+            future = lane.apply([Request("w", uuid4(), "DEPOSIT", 1)])
             for _ in range(3):  # turns of the event loop
                 await asyncio.sleep(0)
             assert line.calls == [1] * count
-            assert (await future).sqlstate is None
+            assert [outcome.sqlstate for outcome in await future] == [None]
 
 
 async def test_an_answer_comes_after_the_commit(
@@ -888,7 +905,7 @@ async def test_an_answer_comes_after_the_commit(
     async with running_lane(Line(settings), settings) as lane:
         for count in (1, 5) * 10:
             requests = [Request("w", uuid4(), "DEPOSIT", 1) for _ in range(count)]
-            futures = [lane.apply(request) for request in requests]
+            futures = [lane.apply([request]) for request in requests]
             await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
             answered = [
                 request.operation_uuid for request, future in zip(requests, futures, strict=True) if future.done()
