@@ -320,7 +320,6 @@ class Lane:
             await self._linger()
             self._sent[line] = self._take()
             await self._send(line)
-            self._arrived.set()  # whoever lingers has nobody to wait for any more
 
     async def _linger(self) -> None:
         """While another line has a call under way, wait a little for as many requests as it carries.

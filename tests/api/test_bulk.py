@@ -435,19 +435,27 @@ async def call_under_way(client: TestClient, superuser: psycopg.Connection) -> A
     assert (await call).status == 200
 
 
+@pytest.mark.parametrize(("batch", "enough"), [(4096, 3), (2, 2)])
 async def test_a_second_call_waits_for_as_much_as_the_first_one_carries(
-    superuser: psycopg.Connection, client: TestClient, monkeypatch: pytest.MonkeyPatch
+    batch: int,
+    enough: int,
+    superuser: psycopg.Connection,
+    database_url: str,
+    aiohttp_client: AiohttpClient,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(lanes, "LINGER", 3600)
+    monkeypatch.setattr(lanes, "BULK_BATCH", batch)
+    client = await aiohttp_client(make_app(Settings(database_url=database_url)))
     await create(client, {"w": 0, "v": 0})
     async with call_under_way(client, superuser):
-        few = [asyncio.create_task(bulk(client, [item("v", "DEPOSIT", 1)])) for _ in range(2)]
-        await until(lambda: waiting(client) == 2)
+        few = [asyncio.create_task(bulk(client, [item("v", "DEPOSIT", 1)])) for _ in range(enough - 1)]
+        await until(lambda: waiting(client) == enough - 1)
         await asyncio.sleep(0.1)
-        assert waiting(client) == 2
+        assert waiting(client) == enough - 1
 
         few.append(asyncio.create_task(bulk(client, [item("v", "DEPOSIT", 1)])))
-        assert [(await answer).status for answer in few] == [200] * 3
+        assert [(await answer).status for answer in few] == [200] * enough
 
 
 async def test_a_second_call_goes_when_the_first_one_is_over(

@@ -518,6 +518,19 @@ async def test_a_request_has_its_deadline_even_if_its_lane_is_dead(
         await problem(await deposit(client, "w", 1), 503, "unavailable")
 
 
+async def test_a_request_has_its_own_deadline_if_that_of_an_older_one_passes_during_its_call(
+    superuser: psycopg.Connection, database_url: str, aiohttp_client: AiohttpClient
+) -> None:
+    client = await aiohttp_client(make_app(Settings(database_url=database_url, lanes=1, request_deadline=1)))
+    await create(client, {"w": 100})
+    assert (await deposit(client, "w", 1)).status == 200
+
+    await asyncio.sleep(0.5)
+    with locked(superuser, "w"):
+        async with asyncio.timeout(5):
+            await problem(await deposit(client, "w", 1), 503, "unavailable")
+
+
 async def test_one_request_too_many_is_told_at_once(
     superuser: psycopg.Connection, database_url: str, aiohttp_client: AiohttpClient
 ) -> None:
