@@ -629,34 +629,43 @@ async def test_each_of_hundreds_of_requests_gets_its_own_answer(client: TestClie
 
 
 @contextlib.asynccontextmanager
-async def running_lane(line: Line, settings: Settings) -> AsyncIterator[Lane]:
+async def running_lane(settings: Settings, *lines: Line) -> AsyncIterator[Lane]:
     lane = Lane("0", settings.lane_batch, settings.lane_queue, settings.request_deadline)
-    task = asyncio.create_task(lane.run(line))
+    tasks = [asyncio.create_task(lane.run(line)) for line in lines]
     try:
         yield lane
     finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-        await line.close()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for line in lines:
+            await line.close()
 
 
-@pytest.mark.parametrize("batch", [1, 7, 512])
-async def test_no_request_hangs_whenever_it_arrives(batch: int, client: TestClient, database_url: str) -> None:
-    choice = random.Random(f"{SEED} {batch}")
+@pytest.mark.parametrize(
+    ("batch", "lines", "arrivals", "most"), [(1, 1, 3_000, 1), (7, 1, 20_000, 1), (512, 1, 20_000, 1), (7, 2, 5_000, 5)]
+)
+async def test_no_request_hangs_whenever_it_arrives(
+    batch: int, lines: int, arrivals: int, most: int, client: TestClient, database_url: str
+) -> None:
+    """Each client asks for one operation, or for a few, `most` of them."""
+    choice = random.Random(f"{SEED} {batch} {lines}")
     wallets = ("w", "v", "u", "nobody")
     await create(client, {"v": 0, "u": 0})
-    arrivals = 3_000 if batch == 1 else 20_000
-    asked: list[tuple[Request, asyncio.Future[list[Outcome]]]] = []
+    asked: list[tuple[list[Request], asyncio.Future[list[Outcome]]]] = []
     settings = Settings(database_url=database_url, lane_batch=batch, lane_queue=10**6)
 
-    async with running_lane(Line(settings), settings) as lane:
+    async with running_lane(settings, *(Line(settings) for _ in range(lines))) as lane:
         for _ in range(arrivals):
-            request = Request(
-                choice.choice(wallets), uuid4(), choice.choice(("DEPOSIT", "WITHDRAW")), choice.randrange(1, 100)
-            )
+            requests = [
+                Request(
+                    choice.choice(wallets), uuid4(), choice.choice(("DEPOSIT", "WITHDRAW")), choice.randrange(1, 100)
+                )
+                for _ in range(choice.randint(1, most))
+            ]
             if asked and choice.random() < 0.1:  # the same again
-                request = choice.choice(asked[-50:])[0]
-            asked.append((request, lane.apply([request])))
+                requests = choice.choice(asked[-50:])[0]
+            asked.append((requests, lane.apply(requests)))
             if choice.random() < 0.01:  # somebody gives up
                 choice.choice(asked[-20:])[1].cancel()
             gap = choice.random()
@@ -673,11 +682,14 @@ async def test_no_request_hangs_whenever_it_arrives(batch: int, client: TestClie
 
     told: dict[UUID, list[str | None]] = defaultdict(list)
     recorded: dict[str, dict[int, tuple[UUID, str, int, int]]] = defaultdict(dict)
-    for request, future in asked:
+    decided: list[tuple[Request, Outcome]] = []
+    for requests, future in asked:
         if future.cancelled():
-            told[request.operation_uuid].append("gave up")
-            continue
-        [outcome] = future.result()
+            for request in requests:
+                told[request.operation_uuid].append("gave up")
+        else:
+            decided += zip(requests, future.result(), strict=True)
+    for request, outcome in decided:
         told[request.operation_uuid].append(outcome.sqlstate)
         assert (outcome.sqlstate == "WA404") is (request.wallet_uuid == "nobody")
         assert outcome.sqlstate in (None, "WA404", "WA402", "WA409")
@@ -852,7 +864,7 @@ async def test_a_lane_is_back_at_once_after_an_outage_longer_than_the_deadline_w
             asked.append((time.monotonic(), lane.apply([Request("w", uuid4(), "DEPOSIT", 1)])))
             await asyncio.sleep(0.005)
 
-    async with running_lane(Line(settings), settings) as lane:
+    async with running_lane(settings, Line(settings)) as lane:
         with locked(superuser, "w"):
             arriving = asyncio.create_task(arrivals(lane))
             await asyncio.sleep(2.5)
@@ -901,7 +913,7 @@ class WatchedLine(Line):
 async def test_an_idle_lane_sends_at_once(client: TestClient, database_url: str) -> None:
     settings = Settings(database_url=database_url)
     line = WatchedLine(settings)
-    async with running_lane(line, settings) as lane:
+    async with running_lane(settings, line) as lane:
         for count in range(1, 6):
             future = lane.apply([Request("w", uuid4(), "DEPOSIT", 1)])
             for _ in range(3):  # turns of the event loop
@@ -915,7 +927,7 @@ async def test_an_answer_comes_after_the_commit(
 ) -> None:
     query = "select count(*) from wallet.operation where operation_uuid = any(%s)"
     settings = Settings(database_url=database_url)
-    async with running_lane(Line(settings), settings) as lane:
+    async with running_lane(settings, Line(settings)) as lane:
         for count in (1, 5) * 10:
             requests = [Request("w", uuid4(), "DEPOSIT", 1) for _ in range(count)]
             futures = [lane.apply([request]) for request in requests]
