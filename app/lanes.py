@@ -16,7 +16,7 @@ import logging
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Iterable, Sequence
 from datetime import datetime, timedelta
-from itertools import chain, islice
+from itertools import islice
 from typing import Any, NamedTuple
 from uuid import UUID
 
@@ -325,12 +325,16 @@ class Lane:
         """While another line has a call under way, wait a little for as many requests as it carries.
 
         Where both are for one wallet, the second call waits for the first anyway, and nobody can join it any more.
+        Nobody is refused for it: a full queue goes.
         """
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LINGER):
-                while _size(self._waiting) < min(self._batch, max(map(_size, self._sent.values()), default=0)):
+                while len(self._waiting) < self._limit and _size(self._waiting) < self._enough():
                     self._arrived.clear()
                     await self._arrived.wait()
+
+    def _enough(self) -> int:
+        return min(self._batch, max(map(_size, self._sent.values()), default=0))
 
     def _take(self) -> list[Waiting]:
         taken: list[Waiting] = []
@@ -373,14 +377,16 @@ class Lane:
     def _watch(self) -> None:
         """Keep the deadlines, whatever the lines are doing: one timer, for the oldest that has no answer."""
         now = self._loop.time()
-        everyone = chain(self._late, *self._sent.values(), self._waiting)
-        unanswered = [waiting for waiting in everyone if not waiting.outcomes.done()]
-        for waiting in unanswered:
-            if waiting.until <= now:
-                waiting.outcomes.set_exception(TimeoutError())
-        self._late = [waiting for waiting in self._late if not waiting.outcomes.done()]
-        due = min((waiting.until for waiting in unanswered if waiting.until > now), default=None)
-        self._timer = None if due is None else self._loop.call_at(due, self._watch)
+        self._late = sorted((late for late in self._late if not late.outcomes.done()), key=lambda late: late.until)
+        due = []
+        for queue in (self._late, *self._sent.values(), self._waiting):  # each from its oldest on
+            for waiting in queue:
+                if waiting.until > now:
+                    due.append(waiting.until)
+                    break
+                if not waiting.outcomes.done():
+                    waiting.outcomes.set_exception(TimeoutError())
+        self._timer = self._loop.call_at(min(due), self._watch) if due else None
 
     def close(self) -> None:
         """Stop watching."""

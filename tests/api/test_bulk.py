@@ -421,6 +421,44 @@ async def test_the_refusals_of_bulk_requests_that_share_a_call_are_each_told_to_
 
     assert await first == [NO_MONEY, success(4, 2)]
     assert await second == [DUPLICATE, success(2, 3)]
+    assert len({operation["created_at"] for operation in await history(client, "w")}) == 2  # the first held the money
+
+
+@pytest.mark.parametrize("point", Point)
+async def test_a_lost_call_that_bulk_requests_shared_answers_each_what_was_applied(
+    point: Point,
+    proxy: Proxy,
+    superuser: psycopg.Connection,
+    aiohttp_client: AiohttpClient,
+) -> None:
+    client = await aiohttp_client(make_app(Settings(database_url=through(proxy, superuser))))
+    await create(client, {"pilot": 0, "w": 100})
+    async with two_calls(client, superuser):
+        first = asyncio.create_task(results(client, [item("w", "WITHDRAW", 100, A), item("w", "DEPOSIT", 1, B)]))
+        await until(lambda: waiting(client) == 1)
+        second = asyncio.create_task(results(client, [item("w", "WITHDRAW", 200, C), item("w", "DEPOSIT", 5, D)]))
+        await until(lambda: waiting(client) == 2)
+        cut = proxy.cut_next(b"wallet.apply_operations", point)
+
+    assert await first == [success(0, 2), success(1, 3)]
+    assert await second == [NO_MONEY, success(6, 4)]
+    assert cut.done()
+    assert await balance(client, "w") == 6
+
+
+async def test_what_shares_a_call_with_an_overdue_bulk_request_goes_on(
+    database_url: str, superuser: psycopg.Connection, aiohttp_client: AiohttpClient
+) -> None:
+    client = await aiohttp_client(make_app(Settings(database_url=database_url, request_deadline=2)))
+    await create(client, {"pilot": 0, "a": 0, "w": 0})
+    with locked(superuser, "a"):
+        async with two_calls(client, superuser):
+            first = asyncio.create_task(bulk(client, [item("a", "DEPOSIT", 1), item("w", "DEPOSIT", 2)]))
+            await asyncio.sleep(1)  # it is older by half of its deadline
+            second = asyncio.create_task(results(client, [item("w", "DEPOSIT", 3), item("w", "WITHDRAW", 4)]))
+            await until(lambda: waiting(client) == 2)
+        await problem(await first, 503, "unavailable")
+        assert await second == [success(3, 1), NO_MONEY]
 
 
 @contextlib.asynccontextmanager
@@ -456,6 +494,16 @@ async def test_a_second_call_waits_for_as_much_as_the_first_one_carries(
 
         few.append(asyncio.create_task(bulk(client, [item("v", "DEPOSIT", 1)])))
         assert [(await answer).status for answer in few] == [200] * enough
+
+
+async def test_a_full_queue_waits_for_nobody(
+    superuser: psycopg.Connection, database_url: str, aiohttp_client: AiohttpClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lanes, "LINGER", 3600)
+    client = await aiohttp_client(make_app(Settings(database_url=database_url, bulk_queue=1)))
+    await create(client, {"w": 0, "v": 0})
+    async with call_under_way(client, superuser), asyncio.timeout(5):  # half of the deadline
+        assert (await bulk(client, [item("v", "DEPOSIT", 1)])).status == 200
 
 
 async def test_a_second_call_goes_when_the_first_one_is_over(
