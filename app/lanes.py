@@ -317,7 +317,8 @@ class Lane:
             while not self._waiting:
                 self._arrived.clear()
                 await self._arrived.wait()
-            await self._linger()
+            if any(self._sent.values()):
+                await self._linger()
             self._sent[line] = self._take()
             await self._send(line)
 

@@ -20,9 +20,11 @@ from app.messages import BULK_BODY_LIMIT
 from app.settings import Settings
 from tests.api.door import MAX, balance, create, deposit, history, problem, withdraw
 from tests.api.test_cases import PROBLEMS
-from tests.api.test_lanes import locked, proxy_before, through, until
+from tests.api.test_lanes import locked, proxy, through, until, waiting_backends
 from tests.cases import CASES, MESSAGES, NIL, NIL_MESSAGE, Case
 from tests.proxy import Point, Proxy
+
+__all__ = ["proxy"]  # a fixture
 
 A, B, C, D, E, F = (UUID(f"{letter * 8}-0000-4000-8000-000000000000") for letter in "abcdef")
 
@@ -34,9 +36,9 @@ def _right_books(superuser: psycopg.Connection) -> Iterator[None]:
 
 
 @pytest.fixture
-async def proxy(superuser: psycopg.Connection) -> AsyncIterator[Proxy]:
-    async with proxy_before(superuser) as proxy:
-        yield proxy
+async def lossy(proxy: Proxy, superuser: psycopg.Connection, aiohttp_client: AiohttpClient) -> TestClient:
+    """A client of an app that reaches PostgreSQL through the proxy."""
+    return await aiohttp_client(make_app(Settings(database_url=through(proxy, superuser))))
 
 
 def item(wallet: str, operation_type: str, amount: int, operation: UUID | None = None) -> dict[str, Any]:
@@ -340,30 +342,18 @@ async def test_one_bulk_request_twice_at_once_is_applied_once(client: TestClient
 
 
 @pytest.mark.parametrize("point", Point)
-async def test_a_lost_bulk_call_answers_what_was_applied(
-    point: Point,
-    proxy: Proxy,
-    superuser: psycopg.Connection,
-    aiohttp_client: AiohttpClient,
-) -> None:
-    client = await aiohttp_client(make_app(Settings(database_url=through(proxy, superuser))))
-    await create(client, {"w": 100, "v": 0})
+async def test_a_lost_bulk_call_answers_what_was_applied(point: Point, proxy: Proxy, lossy: TestClient) -> None:
+    await create(lossy, {"w": 100, "v": 0})
     operations = [item("w", "WITHDRAW", 100, A), item("v", "DEPOSIT", 1, B), item("w", "DEPOSIT", 5, C)]
     repeated = [*operations, item("w", "DEPOSIT", 5, C), item("v", "WITHDRAW", 2, D)]
     cut = proxy.cut_next(b"wallet.apply_operations", point)
 
-    told = await results(client, repeated)
+    told = await results(lossy, repeated)
 
     assert cut.done()
     assert told == [success(0, 2), success(1, 1), success(5, 3), DUPLICATE, NO_MONEY]
-    assert await results(client, operations) == [DUPLICATE] * 3
-    assert [await balance(client, wallet) for wallet in ("w", "v")] == [5, 1]
-
-
-def sent(superuser: psycopg.Connection) -> int:
-    """Return the number of calls that wait for a lock."""
-    query = "select count(*) from pg_stat_activity where wait_event_type = 'Lock' and datname = current_database()"
-    return superuser.execute(query).fetchone()[0]
+    assert await results(lossy, operations) == [DUPLICATE] * 3
+    assert [await balance(lossy, wallet) for wallet in ("w", "v")] == [5, 1]
 
 
 def waiting(client: TestClient) -> int:
@@ -378,9 +368,21 @@ async def two_calls(client: TestClient, superuser: psycopg.Connection) -> AsyncI
         ahead = []
         for calls in (1, 2):
             ahead.append(asyncio.create_task(bulk(client, [item("pilot", "DEPOSIT", 1)])))
-            await until(lambda calls=calls: sent(superuser) == calls)
+            await until(lambda calls=calls: waiting_backends(superuser) == calls)
         yield
     assert [(await answer).status for answer in ahead] == [200, 200]
+
+
+async def in_one_call(
+    client: TestClient, superuser: psycopg.Connection, *requests: list[dict[str, Any]]
+) -> list[list[dict[str, Any]]]:
+    """Ask for operations in bulk requests that wait together, in this order, and return the results of each."""
+    asked: list[asyncio.Task[list[dict[str, Any]]]] = []
+    async with two_calls(client, superuser):
+        for operations in requests:
+            asked.append(asyncio.create_task(results(client, operations)))
+            await until(lambda: waiting(client) == len(asked))
+    return await asyncio.gather(*asked)
 
 
 @pytest.mark.parametrize(("batch", "calls"), [(4096, [9]), (6, [6, 3]), (5, [3, 3, 3]), (2, [3, 3, 3])])
@@ -397,13 +399,8 @@ async def test_bulk_requests_that_wait_share_a_call(
     await create(client, {"pilot": 0, "w": 0})
     operations = [uuid4() for _ in range(9)]
 
-    async with two_calls(client, superuser):
-        asked: list[asyncio.Task[list[dict[str, Any]]]] = []
-        for some in (operations[:3], operations[3:6], operations[6:]):
-            asked.append(asyncio.create_task(results(client, [item("w", "DEPOSIT", 1, one) for one in some])))
-            await until(lambda: waiting(client) == len(asked))
-
-    for told in await asyncio.gather(*asked):
+    items = [item("w", "DEPOSIT", 1, operation) for operation in operations]
+    for told in await in_one_call(client, superuser, items[:3], items[3:6], items[6:]):
         assert [result["applied"] for result in told] == [True] * 3
     query = "select count(*) from wallet.operation where operation_uuid = any(%s) group by created_at"
     assert sorted((count for (count,) in superuser.execute(query, [operations])), reverse=True) == calls
@@ -413,37 +410,29 @@ async def test_the_refusals_of_bulk_requests_that_share_a_call_are_each_told_to_
     superuser: psycopg.Connection, client: TestClient
 ) -> None:
     await create(client, {"pilot": 0, "w": 1})
-    async with two_calls(client, superuser):
-        first = asyncio.create_task(results(client, [item("w", "WITHDRAW", 2), item("w", "DEPOSIT", 3, A)]))
-        await until(lambda: waiting(client) == 1)
-        second = asyncio.create_task(results(client, [item("w", "DEPOSIT", 3, A), item("w", "WITHDRAW", 2)]))
-        await until(lambda: waiting(client) == 2)
+    first = [item("w", "WITHDRAW", 2), item("w", "DEPOSIT", 3, A)]
+    second = [item("w", "DEPOSIT", 3, A), item("w", "WITHDRAW", 2)]
 
-    assert await first == [NO_MONEY, success(4, 2)]
-    assert await second == [DUPLICATE, success(2, 3)]
+    told = await in_one_call(client, superuser, first, second)
+
+    assert told == [[NO_MONEY, success(4, 2)], [DUPLICATE, success(2, 3)]]
     assert len({operation["created_at"] for operation in await history(client, "w")}) == 2  # the first held the money
 
 
 @pytest.mark.parametrize("point", Point)
 async def test_a_lost_call_that_bulk_requests_shared_answers_each_what_was_applied(
-    point: Point,
-    proxy: Proxy,
-    superuser: psycopg.Connection,
-    aiohttp_client: AiohttpClient,
+    point: Point, proxy: Proxy, superuser: psycopg.Connection, lossy: TestClient
 ) -> None:
-    client = await aiohttp_client(make_app(Settings(database_url=through(proxy, superuser))))
-    await create(client, {"pilot": 0, "w": 100})
-    async with two_calls(client, superuser):
-        first = asyncio.create_task(results(client, [item("w", "WITHDRAW", 100, A), item("w", "DEPOSIT", 1, B)]))
-        await until(lambda: waiting(client) == 1)
-        second = asyncio.create_task(results(client, [item("w", "WITHDRAW", 200, C), item("w", "DEPOSIT", 5, D)]))
-        await until(lambda: waiting(client) == 2)
-        cut = proxy.cut_next(b"wallet.apply_operations", point)
+    await create(lossy, {"pilot": 0, "w": 100})
+    first = [item("w", "WITHDRAW", 100, A), item("w", "DEPOSIT", 1, B)]
+    second = [item("w", "WITHDRAW", 200, C), item("w", "DEPOSIT", 5, D)]
+    cut = proxy.cut_next(b"wallet.apply_operations", point)
 
-    assert await first == [success(0, 2), success(1, 3)]
-    assert await second == [NO_MONEY, success(6, 4)]
+    told = await in_one_call(lossy, superuser, first, second)
+
     assert cut.done()
-    assert await balance(client, "w") == 6
+    assert told == [[success(0, 2), success(1, 3)], [NO_MONEY, success(6, 4)]]
+    assert await balance(lossy, "w") == 6
 
 
 async def test_what_shares_a_call_with_an_overdue_bulk_request_goes_on(
@@ -467,7 +456,7 @@ async def call_under_way(client: TestClient, superuser: psycopg.Connection) -> A
     with locked(superuser, "w"):
         three = [item("w", "DEPOSIT", 1) for _ in range(3)]
         call = asyncio.create_task(bulk(client, three))
-        await until(lambda: sent(superuser) == 1)
+        await until(lambda: waiting_backends(superuser) == 1)
         yield
         assert not call.done()
     assert (await call).status == 200

@@ -46,20 +46,14 @@ def _right_books(superuser: psycopg.Connection) -> Iterator[None]:
     assert superuser.execute("select * from wallet.verify()").fetchall() == []
 
 
-@contextlib.asynccontextmanager
-async def proxy_before(superuser: psycopg.Connection) -> AsyncIterator[Proxy]:
-    """Run a proxy before PostgreSQL."""
+@pytest.fixture
+async def proxy(superuser: psycopg.Connection) -> AsyncIterator[Proxy]:
+    """A proxy before PostgreSQL."""
     proxy = Proxy(f"{superuser.info.host}/.s.PGSQL.5432", PostgresTalk)
     with tempfile.TemporaryDirectory(prefix="wallet-proxy-", dir="/tmp") as folder:
         await proxy.listen(f"{folder}/.s.PGSQL.5432")
         yield proxy
         await proxy.close()
-
-
-@pytest.fixture
-async def proxy(superuser: psycopg.Connection) -> AsyncIterator[Proxy]:
-    async with proxy_before(superuser) as proxy:
-        yield proxy
 
 
 def through(proxy: Proxy, superuser: psycopg.Connection) -> str:
@@ -105,6 +99,13 @@ def lane_pids(superuser: psycopg.Connection, condition: str = "true") -> list[in
         f" and datname = current_database() and {condition}"
     )
     return [pid for (pid,) in superuser.execute(query.encode())]
+
+
+def waiting_backends(superuser: psycopg.Connection) -> int:
+    """Return the number of backends of this test's database that wait for a lock."""
+    query = "select count(*) from pg_stat_activity where wait_event_type = 'Lock' and datname = current_database()"
+    [[count]] = superuser.execute(query).fetchall()
+    return count
 
 
 @contextlib.contextmanager

@@ -18,7 +18,17 @@ from pytest_aiohttp.plugin import AiohttpClient
 from app.application import make_app
 from app.settings import Settings
 from tests.api.door import MAX, create, deposit, path, withdraw
-from tests.api.test_lanes import busy_lane, in_one_call, locked, proxy, queued, through, until, waiting_call
+from tests.api.test_lanes import (
+    busy_lane,
+    in_one_call,
+    locked,
+    proxy,
+    queued,
+    through,
+    until,
+    waiting_backends,
+    waiting_call,
+)
 from tests.api.test_process import Service, Start, answers, kill, start, wait_until
 from tests.conftest import url_of
 from tests.proxy import Point, Proxy
@@ -246,12 +256,6 @@ async def test_calls_are_in_flight_until_they_are_answered(client: TestClient, s
         assert (await metrics(client)).value("wallet_calls_in_flight") == 2
     await more
     assert (await metrics(client)).value("wallet_calls_in_flight") == 0
-
-
-def waiting_backends(superuser: psycopg.Connection) -> int:
-    query = "select count(*) from pg_stat_activity where wait_event_type = 'Lock' and datname = current_database()"
-    [[count]] = superuser.execute(query).fetchall()
-    return count
 
 
 async def test_connections_are_in_use_while_they_are_lent(client: TestClient, superuser: psycopg.Connection) -> None:
