@@ -21,11 +21,12 @@ from aiohttp import ClientConnectorError, ClientError, ClientResponse, ClientSes
 from aiohttp.test_utils import TestClient, TestServer
 from pytest_aiohttp.plugin import AiohttpClient
 
-from app import lanes
+from app import line as lines
 from app.application import make_app
 from app.database import connect
 from app.embedded import Postgres, connection_url
-from app.lanes import LANES, Lane, Line, Outcome, Request
+from app.lanes import LANES, Lane
+from app.line import Line, Outcome, Request
 from app.migrations import LOGIN, bring_up_to_date
 from app.settings import Settings
 from tests.api.door import MAX, apply, balance, create, deposit, history, path, problem, withdraw
@@ -822,10 +823,10 @@ async def test_the_clock_is_read_again_after_a_while(
         await line.apply([Request("w", uuid4(), "DEPOSIT", 1)], asyncio.get_running_loop().time() + 5)
         return line._clock
 
-    monkeypatch.setattr(lanes, "CLOCK_AGE", 3600)
+    monkeypatch.setattr(lines, "CLOCK_AGE", 3600)
     first = await apply_one()
     assert await apply_one() == first
-    monkeypatch.setattr(lanes, "CLOCK_AGE", 0)
+    monkeypatch.setattr(lines, "CLOCK_AGE", 0)
     assert await apply_one() > first
     await line.close()
 

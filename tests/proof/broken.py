@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import asyncpg
 
-from app import lanes
+from app import lanes, line
 from app.__main__ import main
 from app.database import connect
-from app.lanes import Outcome, Request
+from app.line import Line, Outcome, Request
 from app.problems import NO_SUCCESS
 from app.settings import Settings
 
@@ -17,7 +17,7 @@ COMMIT_DELAY = 0.05
 """Seconds between an answer that comes too early and its commit."""
 
 
-class EarlyLine(lanes.Line):
+class EarlyLine(Line):
     """A line that gives the outcomes of a call before it commits them."""
 
     def __init__(self, settings: Settings) -> None:
@@ -60,7 +60,7 @@ def answers_early() -> None:
 
 def forgets_its_calls() -> None:
     """Make a lost call again without recognising what it had applied itself."""
-    lanes._recognise = lambda requests, outcomes: outcomes
+    line._recognise = lambda requests, outcomes, own: outcomes
 
 
 if __name__ == "__main__":
