@@ -9,8 +9,9 @@ locks until it is committed. So what is refused after a 503 is not applied later
 Bulk requests have a lane of their own, which may have a few calls in flight: while one is under way, another is sent
 once it carries as much, or after a moment.
 
-A wallet that somebody keeps locked delays the call that meets it by a lock_timeout. From then on its requests wait on
-the siding, and one of them at a time is tried in a call apart from the lanes, until that has succeeded.
+A wallet that somebody keeps locked delays the call that meets it by a lock_timeout, and one to which the database
+refuses something has its call made again in parts. From then on its requests wait on the siding, and one of them at a
+time is tried in a call apart from the lanes, until that has had an outcome of ours.
 """
 
 import asyncio
@@ -41,6 +42,10 @@ HEADROOM = 0.1
 
 With less, after an outage as long as the deadline, the oldest request of each call would spoil it for all the others.
 """
+SIDING_HEADROOM = 2 * HEADROOM
+"""The same for requests on the siding, whose calls take as long as a lock_timeout."""
+SIDING_WALLETS = 10_000
+"""Wallets that are known to be in trouble, at most."""
 GAUGE_INTERVAL = 0.5
 """Seconds after an arrival until the requests that wait are counted."""
 
@@ -190,12 +195,24 @@ class Lane:
 
 
 class Siding(Lane):
-    """Requests for wallets that somebody keeps locked: in one call there is a single client's for each such wallet."""
+    """Requests for wallets that are in trouble: a single client's for each such wallet in one call.
+
+    Somebody keeps the wallet locked, or the database refuses it something: a call with such a request costs its fellows
+    some time.
+    """
 
     def __init__(self, limit: int, deadline: float) -> None:
         super().__init__("siding", BULK_BATCH, limit, deadline)
+        self._headroom = SIDING_HEADROOM * deadline
         self.wallets: set[str] = set()
-        """The wallets that were seen locked, until a request for them has had another outcome."""
+        """The wallets in trouble, until a request for them has had an outcome of ours."""
+
+    def note(self, wallet: str, outcomes: Iterable[Outcome]) -> None:
+        """Note how a wallet fares."""
+        if any(outcome.sqlstate is None or outcome.sqlstate.startswith("WA") for outcome in outcomes):
+            self.wallets.discard(wallet)
+        elif len(self.wallets) < SIDING_WALLETS:
+            self.wallets.add(wallet)
 
     async def apply_apart(self, requests: Sequence[Request], until: float) -> list[Outcome]:
         """Apply requests for one wallet, trying again while it is locked, and return their outcomes in order.
@@ -203,18 +220,15 @@ class Siding(Lane):
         Those of what stayed locked up to the deadline (on the loop's clock) are 55P03. Raises TimeoutError if the
         outcome is unknown at the deadline.
         """
-        wallet = requests[0].wallet_uuid
         outcomes = [refused("55P03")] * len(requests)
         with contextlib.suppress(Problem):  # what may not wait is not applied either
             while locked := [number for number, outcome in enumerate(outcomes) if outcome.sqlstate == "55P03"]:
-                if self._loop.time() >= until - HEADROOM * self._deadline:
+                if self._loop.time() >= until - self._headroom:
                     break
-                self.wallets.add(wallet)
                 found = await self._queue([requests[number] for number in locked], until)
+                self.note(requests[0].wallet_uuid, found)
                 for number, outcome in zip(locked, found, strict=True):
                     outcomes[number] = outcome
-                if any(outcome.sqlstate != "55P03" for outcome in found):
-                    self.wallets.discard(wallet)
         return outcomes
 
     def _queue(self, requests: Sequence[Request], until: float) -> asyncio.Future[list[Outcome]]:
@@ -232,7 +246,7 @@ class Siding(Lane):
         left: list[Waiting] = []
         tried: set[str] = set()
         room = self._batch
-        least = self._loop.time() + HEADROOM * self._deadline
+        least = self._loop.time() + self._headroom
         for waiting in self._waiting:
             wallet = waiting.requests[0].wallet_uuid
             if waiting.outcomes.done():
@@ -283,8 +297,12 @@ async def _apply(app: web.Application, lane: Lane, requests: Sequence[Request]) 
 
     locked: dict[str, list[int]] = defaultdict(list)
     for number, outcome in enumerate(outcomes):
+        if outcome.sqlstate is None or outcome.sqlstate.startswith("WA"):
+            continue
+        wallet = requests[number].wallet_uuid
+        siding.note(wallet, [outcome])
         if outcome.sqlstate == "55P03":
-            locked[requests[number].wallet_uuid].append(number)
+            locked[wallet].append(number)
     if locked:
         apart = (siding.apply_apart([requests[number] for number in some], until) for some in locked.values())
         for some, found in zip(locked.values(), await asyncio.gather(*apart), strict=True):

@@ -1,5 +1,6 @@
 -- migrate:up
 
+set local search_path = pg_catalog, pg_temp;
 set local role wallet_owner;
 
 select wallet.create_wallet(n::text) from unnest(array[1111111111, 2222222222, 3333333333, 4444444444, 5555555555]) as n;
@@ -10,9 +11,11 @@ where w.uuid in ('1111111111', '2222222222', '3333333333', '4444444444', '555555
 order by w.uuid;
 
 reset role;
+reset search_path;
 
 -- migrate:down
 
+set local search_path = pg_catalog, pg_temp;
 set local role wallet_owner;
 
 -- Nobody may create a wallet between the look at the highest id and the restart of the numbers behind it.
@@ -28,3 +31,4 @@ select setval(pg_get_serial_sequence('wallet.wallet', 'id'), coalesce(max(id), 0
 from wallet.wallet;
 
 reset role;
+reset search_path;

@@ -32,7 +32,9 @@ FIVE = {1: "1111111111", 2: "2222222222", 3: "3333333333", 4: "4444444444", 5: "
 class Service:
     """A started `python -m app`, its embedded database and its REST door."""
 
-    def __init__(self, home: Path, log: Path, user: int | None = None, **environment: str) -> None:
+    def __init__(
+        self, home: Path, log: Path, user: int | None = None, checkout: Path = CHECKOUT, **environment: str
+    ) -> None:
         self.home = home
         self.port = free_port()
         identity: dict[str, Any] = {} if user is None else {"user": user, "group": user, "extra_groups": []}
@@ -40,7 +42,7 @@ class Service:
         with log.open("w") as output:
             self.process = subprocess.Popen(
                 COMMAND,
-                cwd=CHECKOUT,
+                cwd=checkout,
                 env=environment_with(WALLET_DATA_DIR=str(home), PORT=str(self.port), **environment),
                 stdout=output,
                 stderr=output,

@@ -19,11 +19,13 @@ INTERNAL = [
     "select wallet.funds_fault('DEPOSIT', 1, 1)",
     "select wallet.fault_message('WA404')",
     "select wallet.raise_wallet_not_found('w')",
+    "select wallet.wait_for_wallet('w', '1s')",
 ]
 READING = [
     "select wallet.get_wallet('w')",
     "select wallet.get_operation('w', 'aaaaaaaa-0000-4000-8000-000000000000')",
     "select wallet.list_operations('w')",
+    "select wallet.contract_version()",
     "select wallet.verify()",
 ]
 WRITING = [

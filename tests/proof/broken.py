@@ -3,10 +3,11 @@
 import asyncio
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import asyncpg
 
-from app import lanes, line
+from app import database, lanes, line
 from app.__main__ import main
 from app.database import connect
 from app.line import Line, Outcome, Request
@@ -63,6 +64,20 @@ def forgets_its_calls() -> None:
     line._recognise = lambda requests, outcomes, own: outcomes
 
 
+def trusts_the_settings() -> None:
+    """Take synchronous_commit as the role or the database has set it."""
+
+    async def connect_only(url: str, _deadline: float, name: str = "wallet", *, lock_timeout: float = 0) -> Any:
+        settings = {"application_name": name, "lock_timeout": str(round(lock_timeout * 1000))}
+        return await asyncpg.connect(url, server_settings=settings)
+
+    database.connect = line.connect = connect_only  # type: ignore[assignment]
+
+
 if __name__ == "__main__":
-    {"answers_early": answers_early, "forgets_its_calls": forgets_its_calls}[sys.argv[1]]()
+    {
+        "answers_early": answers_early,
+        "forgets_its_calls": forgets_its_calls,
+        "trusts_the_settings": trusts_the_settings,
+    }[sys.argv[1]]()
     sys.exit(main([]))
