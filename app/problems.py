@@ -177,7 +177,7 @@ async def problems(request: web.Request, handler: Handler) -> web.StreamResponse
         return refusal(str(error.sqlstate), str(error)).response()
     except asyncpg.PostgresError as error:
         extra = {"sqlstate": error.sqlstate, "code": DATABASE_REFUSED[1]}
-        _log.error("the database refused a request: SQLSTATE %s: %s", error.sqlstate, error, extra=extra)
+        _log.warning("the database refused a request: SQLSTATE %s: %s", error.sqlstate, error, extra=extra)
         return refusal(str(error.sqlstate), REFUSED).response()
     except NO_ANSWER as error:
         _log.warning("no answer from the database: %s", type(error).__name__, extra={"code": "unavailable"})

@@ -100,7 +100,7 @@ async def test_a_released_version_s_database_is_migrated_and_rolled_back_under_i
             await old.progress(500)
             assert await status(services[0].port, "/readyz") == 200
 
-            new = Service(tmp_path, tmp_path / "new", DATABASE_URL=login, ALLOW_FSYNC_OFF="true", LOG_LEVEL="WARNING")
+            new = Service(tmp_path, tmp_path / "new", DATABASE_URL=login, LOG_LEVEL="WARNING")
             services.append(new)
             await asyncio.to_thread(wait_until, new.is_up)
             assert await status(new.port, "/readyz") == 200

@@ -110,7 +110,9 @@ def free_port() -> int:
 
 
 def environment_with(**settings: str) -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if name not in SETTINGS} | settings
+    """Return the environment of a service; the tests' own server does not flush."""
+    kept = {name: value for name, value in os.environ.items() if name not in SETTINGS}
+    return {**kept, "ALLOW_FSYNC_OFF": "true", **settings}
 
 
 def wait_until(come_true: Callable[[], Any], seconds: float = 30) -> None:
