@@ -18,8 +18,9 @@ reset search_path;
 set local search_path = pg_catalog, pg_temp;
 set local role wallet_owner;
 
--- Nobody may create a wallet between the look at the highest id and the restart of the numbers behind it.
-lock table wallet.wallet in share row exclusive mode;
+-- Exclusive mode waits for whoever has locked a wallet's row, and lets nobody lock one: an operation that is under way
+-- ends before its wallet is deleted. Nor can a wallet be created before the numbers start again behind the highest id.
+lock table wallet.wallet in exclusive mode;
 
 delete from wallet.operation
 where wallet_uuid in ('1111111111', '2222222222', '3333333333', '4444444444', '5555555555');

@@ -6,10 +6,19 @@ from uuid import uuid4
 import psycopg
 import pytest
 
+from app.settings import CHECKOUT
 from tests.cases import MAX, A, B, Request, deposit, withdraw
 from tests.db.door import apply, apply_all, call, create
 
 WALLETS = ("w", "v", "u")
+
+
+@pytest.fixture(autouse=True)
+def audit(superuser: psycopg.Connection) -> None:
+    """The audit as it stands in its file, whatever the migrations carry."""
+    with superuser.transaction():
+        superuser.execute("set local role wallet_owner")
+        superuser.execute((CHECKOUT / "db" / "functions" / "verify.sql").read_bytes())
 
 
 @pytest.fixture
@@ -186,6 +195,126 @@ def test_any_two_operations_that_changed_places_are_found(tampering: psycopg.Con
                 tampering.execute("alter table wallet.operation drop constraint if exists operation_seq_check")
                 tampering.execute("update wallet.operation set seq = %s where operation_uuid = %s", [seq, operation])
             assert found(tampering), (one_seq, other_seq)
+
+
+NO_CONSTRAINTS = """
+    do $$
+    declare
+      v_constraint record;
+    begin
+      for v_constraint in
+        select conrelid::regclass as on_table, conname from pg_constraint
+        where connamespace = 'wallet'::regnamespace and contype <> 'n'
+      loop
+        execute format('alter table %s drop constraint %I', v_constraint.on_table, v_constraint.conname);
+      end loop;
+    end
+    $$;
+    alter table wallet.wallet alter id drop identity;
+    alter table wallet.wallet alter uuid drop not null, alter id drop not null, alter balance drop not null,
+      alter seq drop not null, alter created_at drop not null;
+    alter table wallet.operation alter wallet_uuid drop not null, alter operation_type drop not null,
+      alter operation_uuid drop not null, alter seq drop not null, alter amount drop not null,
+      alter balance_after drop not null, alter created_at drop not null;
+"""
+"""Takes away whatever the tables forbid."""
+
+
+@pytest.mark.parametrize("column", ["uuid", "id", "balance", "seq", "created_at"])
+def test_any_wallet_with_a_null_is_found(tampering: psycopg.Connection, column: str) -> None:
+    create(tampering, {"empty": 0})
+    tampering.execute(NO_CONSTRAINTS)
+    assert found(tampering) == set()
+    for wallet in [*WALLETS, "empty"]:
+        with tampering.transaction(force_rollback=True):
+            tampering.execute(f"update wallet.wallet set {column} = null where uuid = %s".encode(), [wallet])
+            assert "wallet has no nulls" in found(tampering), wallet
+
+
+@pytest.mark.parametrize(
+    "column", ["wallet_uuid", "operation_type", "operation_uuid", "seq", "amount", "balance_after", "created_at"]
+)
+def test_any_operation_with_a_null_is_found(tampering: psycopg.Connection, column: str) -> None:
+    tampering.execute(NO_CONSTRAINTS)
+    for [operation] in tampering.execute("select operation_uuid from wallet.operation").fetchall():
+        with tampering.transaction(force_rollback=True):
+            update = f"update wallet.operation set {column} = null where operation_uuid = %s"
+            tampering.execute(update.encode(), [operation])
+            assert "operation has no nulls" in found(tampering), operation
+
+
+@pytest.mark.parametrize(
+    "column", ["operation_type", "amount", "balance_after", "seq", "operation_uuid", "wallet_uuid"]
+)
+def test_a_history_of_nothing_but_nulls_is_found(tampering: psycopg.Connection, column: str) -> None:
+    tampering.execute(NO_CONSTRAINTS)
+    tampering.execute(f"update wallet.operation set {column} = null".encode())
+    assert "operation has no nulls" in found(tampering)
+
+
+@pytest.mark.parametrize("wallet", [*WALLETS, "empty"])
+@pytest.mark.parametrize(
+    "copy",
+    ["uuid, id, balance, seq", "uuid, id + 1000, balance, seq", "uuid, id + 1000, 0, 0", "uuid, null, null, null"],
+)
+def test_a_wallet_that_stands_twice_is_found(tampering: psycopg.Connection, wallet: str, copy: str) -> None:
+    create(tampering, {"empty": 0})
+    tampering.execute(NO_CONSTRAINTS)
+    tampering.execute(
+        f"insert into wallet.wallet (uuid, id, balance, seq) select {copy} from wallet.wallet where uuid = %s".encode(),
+        [wallet],
+    )
+    assert "wallet uuid is unique" in found(tampering)
+
+
+def test_a_wallet_id_that_stands_twice_is_found(tampering: psycopg.Connection) -> None:
+    tampering.execute(NO_CONSTRAINTS)
+    tampering.execute("update wallet.wallet set id = (select min(id) from wallet.wallet)")
+    assert found(tampering) == {"wallet id is unique"}
+
+
+@pytest.mark.parametrize(
+    ("copy", "invariants"),
+    [
+        ("operation_uuid, seq", {"operation_uuid is unique", "seq has no gap"}),
+        ("gen_random_uuid(), seq", {"seq has no gap"}),
+        ("operation_uuid, 1000", {"operation_uuid is unique", "seq has no gap"}),
+        ("null, seq", {"operation has no nulls", "seq has no gap"}),
+    ],
+)
+def test_an_operation_that_stands_twice_is_found(
+    tampering: psycopg.Connection, copy: str, invariants: set[str]
+) -> None:
+    tampering.execute(NO_CONSTRAINTS)
+    for [operation] in tampering.execute("select operation_uuid from wallet.operation").fetchall():
+        with tampering.transaction(force_rollback=True):
+            tampering.execute(
+                f"""
+                insert into wallet.operation (wallet_uuid, operation_type, operation_uuid, seq, amount, balance_after)
+                select wallet_uuid, operation_type, {copy}, amount, balance_after
+                from wallet.operation where operation_uuid = %s""".encode(),
+                [operation],
+            )
+            assert found(tampering) >= invariants, operation
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["amount = 0", "amount = -1", "operation_type = 'deposit'", "operation_type = ''", "seq = 0", "seq = -1",
+     "operation_uuid = '00000000-0000-0000-0000-000000000000'", "balance_after = -1", "wallet_uuid = ''"],
+)  # fmt: skip
+def test_any_operation_that_the_tables_would_forbid_is_found(tampering: psycopg.Connection, change: str) -> None:
+    tampering.execute(NO_CONSTRAINTS)
+    for [operation] in tampering.execute("select operation_uuid from wallet.operation").fetchall():
+        with tampering.transaction(force_rollback=True):
+            update = f"update wallet.operation set {change} where operation_uuid = %s"
+            tampering.execute(update.encode(), [operation])
+            assert found(tampering), operation
+
+
+def test_the_audit_may_use_several_processors(superuser: psycopg.Connection) -> None:
+    parallel = "select proparallel from pg_proc where oid = 'wallet.verify'::regproc"
+    assert superuser.execute(parallel).fetchall() == [("s",)]
 
 
 def test_an_operation_of_a_wallet_that_never_was_is_found(tampering: psycopg.Connection) -> None:
