@@ -28,7 +28,7 @@ from aiohttp import web
 
 from app.database import SETTINGS
 from app.line import LEAD, Line, Outcome, Request, refused
-from app.metrics import LANE_WAITING
+from app.metrics import LANE_WAITING, WALLETS_APART
 from app.problems import Problem
 
 BULK_LINES = 2
@@ -213,6 +213,7 @@ class Siding(Lane):
             self.wallets.discard(wallet)
         elif len(self.wallets) < SIDING_WALLETS:
             self.wallets.add(wallet)
+        WALLETS_APART.set(len(self.wallets))
 
     async def apply_apart(self, requests: Sequence[Request], until: float) -> list[Outcome]:
         """Apply requests for one wallet, trying again while it is locked, and return their outcomes in order.

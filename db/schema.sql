@@ -876,7 +876,7 @@ COMMENT ON FUNCTION wallet.raise_wallet_not_found(p_wallet_uuid text) IS 'Intern
 --
 
 CREATE FUNCTION wallet.verify() RETURNS TABLE(invariant text, wallet_uuid text, seq bigint, detail text)
-    LANGUAGE sql STABLE SECURITY DEFINER
+    LANGUAGE sql STABLE SECURITY DEFINER PARALLEL SAFE
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
   with history as materialized (
@@ -910,6 +910,15 @@ CREATE FUNCTION wallet.verify() RETURNS TABLE(invariant text, wallet_uuid text, 
     left join wallet.operation as o on o.wallet_uuid = h.wallet_uuid and o.seq = h.last_seq
   )
 
+  select 'wallet has no nulls', w.uuid, w.seq, w::text
+  from wallet.wallet as w
+  where w.uuid is null or w.id is null or w.balance is null or w.seq is null or w.created_at is null
+  union all
+  select 'wallet uuid is unique', w.uuid, null::bigint, format('%s wallets have this uuid', count(*))
+  from wallet.wallet as w
+  group by w.uuid
+  having count(*) > 1
+  union all
   select 'wallet uuid is well formed', w.uuid, null::bigint, wallet.name_fault(w.uuid)
   from wallet.wallet as w
   where wallet.name_fault(w.uuid) is not null
@@ -925,19 +934,24 @@ CREATE FUNCTION wallet.verify() RETURNS TABLE(invariant text, wallet_uuid text, 
   union all
   select 'balance is the last balance_after', s.uuid, s.seq, format('balance %s, last balance_after %s', s.balance, s.last_balance)
   from summary as s
-  where s.balance <> s.last_balance
+  where s.balance is distinct from s.last_balance
   union all
   select 'balance is the sum of the operations', s.uuid, s.seq, format('balance %s, sum %s', s.balance, s.total)
   from summary as s
-  where s.balance <> s.total
+  where s.balance is distinct from s.total
   union all
   select 'wallet seq counts the operations', s.uuid, s.seq, format('%s operations, last seq %s', s.operations, s.last_seq)
   from summary as s
-  where s.seq <> s.operations or s.seq <> s.last_seq
+  where s.seq is distinct from s.operations or s.seq is distinct from s.last_seq
   union all
   select 'operation belongs to a wallet', h.wallet_uuid, h.seq, format('operation %s', h.operation_uuid)
   from history as h
   where not exists (select from wallet.wallet as w where w.uuid = h.wallet_uuid)
+  union all
+  select 'operation has no nulls', h.wallet_uuid, h.seq, h::text
+  from history as h
+  where h.wallet_uuid is null or h.operation_type is null or h.operation_uuid is null or h.seq is null
+    or h.amount is null or h.balance_after is null or h.created_at is null
   union all
   select 'operation is well formed', h.wallet_uuid, h.seq, wallet.argument_fault(h.operation_uuid, h.operation_type, h.amount)
   from history as h
@@ -950,7 +964,7 @@ CREATE FUNCTION wallet.verify() RETURNS TABLE(invariant text, wallet_uuid text, 
   union all
   select 'seq has no gap', h.wallet_uuid, h.seq, format('comes after seq %s', h.seq_before)
   from history as h
-  where h.seq <> h.seq_before + 1
+  where h.seq is distinct from h.seq_before + 1
   union all
   select
     'balance_after follows from the operation before', h.wallet_uuid, h.seq,
@@ -958,7 +972,7 @@ CREATE FUNCTION wallet.verify() RETURNS TABLE(invariant text, wallet_uuid text, 
   from history as h
   where h.balance_after < 0
     or h.balance_after
-      <> h.balance_before::numeric + case h.operation_type when 'DEPOSIT' then h.amount::numeric else -h.amount::numeric end
+      is distinct from h.balance_before::numeric + case h.operation_type when 'DEPOSIT' then h.amount::numeric else -h.amount::numeric end
 $$;
 
 
