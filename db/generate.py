@@ -77,6 +77,7 @@ def _section(before: State, after: State) -> list[str]:
         *[f"drop function {signature};" for signature in dropped],
         *[""][: len(dropped)],
         *[f"{source}\n" for source in changed],
+        "grant all on all tables in schema wallet to wallet_owner;",
         "revoke all on all tables in schema wallet from wallet_app, wallet_reader;",
         "revoke all on all functions in schema wallet from wallet_app, wallet_reader;",
         "",

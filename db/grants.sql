@@ -22,3 +22,7 @@ grant execute on function
 to wallet_app, wallet_reader;
 
 grant select on wallet.wallet, wallet.operation to wallet_reader;
+
+-- The ledger is append-only and a wallet with a history stays, for the owner too: whoever means it grants it to himself.
+revoke delete, truncate on wallet.wallet from wallet_owner;
+revoke update, delete, truncate on wallet.operation from wallet_owner;

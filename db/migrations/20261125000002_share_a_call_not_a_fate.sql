@@ -613,6 +613,7 @@ $$;
 comment on function wallet.wait_for_wallet(text, interval) is
   'Internal: locks a wallet to the end of the transaction. Raises 55P03 if that takes longer than p_patience.';
 
+grant all on all tables in schema wallet to wallet_owner;
 revoke all on all tables in schema wallet from wallet_app, wallet_reader;
 revoke all on all functions in schema wallet from wallet_app, wallet_reader;
 
@@ -640,6 +641,10 @@ grant execute on function
 to wallet_app, wallet_reader;
 
 grant select on wallet.wallet, wallet.operation to wallet_reader;
+
+-- The ledger is append-only and a wallet with a history stays, for the owner too: whoever means it grants it to himself.
+revoke delete, truncate on wallet.wallet from wallet_owner;
+revoke update, delete, truncate on wallet.operation from wallet_owner;
 
 reset role;
 reset search_path;
@@ -1069,6 +1074,7 @@ comment on function wallet.verify() is
   'Audits the books: one row per broken invariant (its name, the wallet, the seq where it shows, what was found); '
   'no rows means that the books are right. Reads the whole ledger in one snapshot and blocks nobody.';
 
+grant all on all tables in schema wallet to wallet_owner;
 revoke all on all tables in schema wallet from wallet_app, wallet_reader;
 revoke all on all functions in schema wallet from wallet_app, wallet_reader;
 

@@ -231,6 +231,27 @@ def test_nobody_but_the_owner_may_change_a_table(superuser: psycopg.Connection) 
     assert privileges == [("operation", "wallet_reader", "SELECT"), ("wallet", "wallet_reader", "SELECT")]
 
 
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "delete from wallet.wallet",
+        "truncate wallet.wallet",
+        "update wallet.operation set amount = 1",
+        "delete from wallet.operation",
+        "truncate wallet.operation",
+    ],
+)
+def test_the_owner_neither_deletes_a_wallet_nor_changes_the_ledger_by_mistake(
+    statement: str, superuser: psycopg.Connection, service: psycopg.Connection
+) -> None:
+    with superuser.transaction():
+        superuser.execute("set local role wallet_owner")
+        with pytest.raises(psycopg.errors.InsufficientPrivilege), superuser.transaction():
+            superuser.execute(statement.encode())
+    assert balances(service, ["w"]) == {"w": 100}
+    apply(service, deposit("w", A, 5))
+
+
 def test_no_role_may_change_the_ledger_however_it_came_by_it(superuser: psycopg.Connection) -> None:
     """By membership or by column, too. Superusers and PostgreSQL's own pg_write_all_data may by definition."""
     able = superuser.execute("""
