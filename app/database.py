@@ -5,6 +5,7 @@ import contextlib
 import logging
 import os
 import random
+import socket
 from collections.abc import AsyncIterator, Iterator
 from typing import Any, TypeGuard
 from urllib.parse import parse_qs, urlsplit
@@ -27,6 +28,10 @@ CREATED_AT = "(to_json(created_at at time zone 'UTC') #>> '{}') || 'Z'"
 
 CONNECT_TIMEOUT = 5.0
 """Seconds until an attempt to connect is given up."""
+FIRST_ATTEMPT = 0.5
+"""The part of a deadline that a first attempt may take: a connection that goes nowhere leaves time for a second one."""
+IDLE = 10.0
+"""Seconds after which a connection that nobody needs is given back."""
 
 _log = logging.getLogger("wallet")
 
@@ -50,6 +55,7 @@ async def connect(url: str, deadline: float, name: str = "wallet", *, lock_timeo
         server_settings={"application_name": name},
         target_session_attrs=SessionAttribute.read_write if _names_several_hosts(url) else None,
     )
+    _keep_alive(connection, deadline)
     try:  # by statements: a pooler refuses a session that begins with these settings
         await connection.execute(
             f"set statement_timeout = {round(deadline * 1000)};"
@@ -62,6 +68,21 @@ async def connect(url: str, deadline: float, name: str = "wallet", *, lock_timeo
         connection.terminate()
         raise
     return connection
+
+
+def _keep_alive(connection: Any, deadline: float) -> None:
+    """Have the kernel notice a peer that is gone without a word, such as behind a NAT that forgot (Linux, tcp(7)).
+
+    asyncpg has no option for it.
+    """
+    peer = connection._transport.get_extra_info("socket")  # noqa: SLF001
+    if peer is not None and peer.family != socket.AF_UNIX:
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in (("IDLE", 15), ("INTVL", 5), ("CNT", 3)):
+            if number := getattr(socket, f"TCP_KEEP{option}", None):
+                peer.setsockopt(socket.IPPROTO_TCP, number, value)
+        if number := getattr(socket, "TCP_USER_TIMEOUT", None):
+            peer.setsockopt(socket.IPPROTO_TCP, number, round(FIRST_ATTEMPT * deadline * 1000))
 
 
 def _names_several_hosts(url: str) -> bool:
@@ -113,15 +134,13 @@ class Pool:
         self._url = url
         self.deadline = deadline
         self._places = asyncio.Semaphore(size)
-        self._idle: list[Any] = []
+        self._idle: list[tuple[Any, float]] = []
 
     @contextlib.asynccontextmanager
     async def connection(self) -> AsyncIterator[Any]:
         """Lend a connection."""
         async with self._places:
-            while self._idle and self._idle[-1].is_closed():
-                self._idle.pop()
-            connection = self._idle.pop() if self._idle else await connect(self._url, self.deadline)
+            connection = self._take() or await connect(self._url, self.deadline)
             POOL_IN_USE.inc()
             try:
                 yield connection
@@ -132,7 +151,23 @@ class Pool:
             finally:
                 POOL_IN_USE.dec()
                 if not connection.is_closed():
-                    self._idle.append(connection)
+                    self._idle.append((connection, asyncio.get_running_loop().time()))
+
+    def _take(self) -> Any:
+        """Return the connection that was used last, if there is an open one."""
+        while self._idle:
+            connection, _ = self._idle.pop()
+            if not connection.is_closed():
+                return connection
+        return None
+
+    async def give_back(self) -> None:
+        """Close connections that have been idle for long, for ever."""
+        while True:
+            await asyncio.sleep(IDLE / 2)
+            long_ago = asyncio.get_running_loop().time() - IDLE
+            while self._idle and self._idle[0][1] < long_ago:
+                self._idle.pop(0)[0].terminate()
 
     async def fetch(self, query: str, *arguments: object) -> list[asyncpg.Record]:
         """Make a call that may safely be made twice, again and again until the database gives a definite answer.
@@ -146,9 +181,10 @@ class Pool:
     async def _fetch(self, query: str, *arguments: object) -> list[asyncpg.Record]:
         pause = pauses()
         lost, before = False, None
+        limit: float | None = FIRST_ATTEMPT * self.deadline
         while True:
             try:
-                async with self.connection() as connection:
+                async with self.connection() as connection, asyncio.timeout(limit):
                     rows: list[asyncpg.Record] = await connection.fetch(query, *arguments)
                     return rows
             except Refusal as error:
@@ -164,12 +200,13 @@ class Pool:
             except NO_ANSWER as error:
                 _log.warning("no answer from the database: %s", type(error).__name__)
                 lost = True
+            limit = None
             await asyncio.sleep(next(pause))
 
     def close(self) -> None:
         """Close the connections that are not lent."""
         while self._idle:
-            self._idle.pop().terminate()
+            self._idle.pop()[0].terminate()
 
 
 POOL = web.AppKey("pool", Pool)
@@ -181,7 +218,9 @@ async def pool(app: web.Application) -> AsyncIterator[None]:
     settings = app[SETTINGS]
     assert settings.database_url is not None
     app[POOL] = Pool(settings.database_url, settings.pool_size, settings.request_deadline)
+    giving_back = asyncio.create_task(app[POOL].give_back())
     yield
+    giving_back.cancel()
     app[POOL].close()
 
 

@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 from aiohttp import web
 
-from app.database import SETTINGS
+from app.database import IDLE, SETTINGS
 from app.line import LEAD, Line, Outcome, Request, refused
 from app.metrics import LANE_WAITING, WALLETS_APART
 from app.problems import Problem
@@ -107,15 +107,21 @@ class Lane:
         self._counting = False
         self._gauge.set(len(self._waiting))
 
-    async def run(self, line: Line) -> None:
-        """Send what waits, for ever.
+    async def run(self, line: Line, idle: float | None = None) -> None:
+        """Send what waits, for ever; give the line's connection back when nothing has come for so many seconds.
 
         Nothing is awaited between the look at the queue and the wait for an arrival, so none slips in between unseen.
         """
+        if idle is None:
+            await line.open()
         while True:
             while not self._waiting:
                 self._arrived.clear()
-                await self._arrived.wait()
+                try:
+                    async with asyncio.timeout(idle):
+                        await self._arrived.wait()
+                except TimeoutError:
+                    await line.close()
             if any(self._sent.values()):
                 await self._linger()
             self._sent[line] = self._take()
@@ -320,13 +326,15 @@ async def lanes(app: web.Application) -> AsyncIterator[None]:
     bulk = Lane("bulk", BULK_BATCH, settings.bulk_queue, deadline)
     siding = Siding(settings.lane_queue, deadline)
     app[LANES], app[BULK], app[SIDING] = lanes, bulk, siding
-    running = [(lane, Line(settings)) for lane in [*lanes, *[bulk] * BULK_LINES, siding]]
-    tasks = [asyncio.create_task(lane.run(line)) for lane, line in running]
+    kept = [(lane, Line(settings)) for lane in lanes]
+    lent = [(lane, Line(settings)) for lane in (*[bulk] * BULK_LINES, siding)]
+    tasks = [asyncio.create_task(lane.run(line)) for lane, line in kept]
+    tasks += [asyncio.create_task(lane.run(line, IDLE)) for lane, line in lent]
     yield
     for lane in (*lanes, bulk, siding):
         lane.close()
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-    for _, line in running:
+    for _, line in (*kept, *lent):
         await line.close()

@@ -11,7 +11,7 @@ from uuid import UUID
 
 import asyncpg
 
-from app.database import CREATED_AT, connect, is_passing, nothing_changed, pauses, session_survives
+from app.database import CREATED_AT, FIRST_ATTEMPT, connect, is_passing, nothing_changed, pauses, session_survives
 from app.messages import Operation
 from app.metrics import BATCH_SIZE, CALLS_IN_FLIGHT, OPERATIONS, RESENDS
 from app.problems import LOCKED, NO_ANSWER, NO_SUCCESS, REFUSED, Refusal, code_of
@@ -141,13 +141,16 @@ class Line:
         """
         pause = pauses()
         objection = None
+        now = asyncio.get_running_loop().time()
+        limit = now + FIRST_ATTEMPT * (last - now)
         while True:
             called = False
             try:
-                clock = await self._prepare()
-                called = True
-                last_there = clock + timedelta(seconds=last - self._clock_read)
-                outcomes = await self._call(requests, last, last_there)
+                async with asyncio.timeout_at(limit):
+                    clock = await self._prepare()
+                    called = True
+                    last_there = clock + timedelta(seconds=limit - self._clock_read)
+                    outcomes = await self._call(requests, limit, last_there)
                 return _recognise(requests, outcomes, own) if self._lost else outcomes
             except (asyncpg.PostgresError, *NO_ANSWER) as error:
                 sqlstate = getattr(error, "sqlstate", None) or "22000"
@@ -166,7 +169,14 @@ class Line:
                         return [refused(sqlstate)]
                     objection = sqlstate
             RESENDS.inc()
+            limit = last
             await asyncio.sleep(next(pause))
+
+    async def open(self) -> None:
+        """Connect, if the database can be reached at once: a line that is there first has its place."""
+        with contextlib.suppress(*NO_SUCCESS):
+            async with asyncio.timeout(LEAD * self._deadline):
+                await self._prepare()
 
     async def close(self) -> None:
         """Close the connection."""

@@ -1,8 +1,10 @@
 """A session that answered is not a session that is good: what the service keeps, and on what it starts."""
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from uuid import uuid4
 
 import asyncpg
 import psycopg
@@ -10,16 +12,17 @@ import pytest
 from aiohttp.test_utils import TestClient
 from pytest_aiohttp.plugin import AiohttpClient
 
-from app import database
+from app import database, lanes
 from app.application import make_app
 from app.database import check, connect
 from app.embedded import Postgres
 from app.migrations import LOGIN, bring_up_to_date
 from app.settings import Settings, StartupError
 from tests.api.door import balance, create, deposit, path, problem
-from tests.api.test_lanes import lane_pids, proxy, through
+from tests.api.test_lanes import lane_pids, proxy, through, until
 from tests.conftest import url_of
 from tests.proxy import Point, Proxy
+from tests.proxy import Postgres as PostgresTalk
 
 __all__ = ["proxy"]
 
@@ -139,6 +142,47 @@ async def test_a_session_is_kept_after_errors_that_are_known_to_be_harmless(
     assert raised.value.sqlstate == error
     assert (await backend("select 1") == before) is kept
     pool.close()
+
+
+async def test_connections_that_idle_are_given_back_but_for_the_lanes(
+    database_url: str, superuser: psycopg.Connection, aiohttp_client: AiohttpClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "IDLE", 0.3)
+    monkeypatch.setattr(lanes, "IDLE", 0.3)
+    client = await aiohttp_client(make_app(Settings(database_url=database_url, lanes=3)))
+    await until(lambda: len(lane_pids(superuser)) == 3)
+    kept = lane_pids(superuser)
+    await create(client, {"w": 0})
+    with psycopg.connect(url_of(superuser, "postgres")) as holder:
+        holder.execute("lock table wallet.wallet in access exclusive mode")
+        reads = [asyncio.create_task(client.get(path("w"))) for _ in range(10)]
+        sessions = "select count(*) from pg_stat_activity where application_name = 'wallet' and datname = %s"
+        counted = (sessions, [superuser.info.dbname])
+        await until(lambda: superuser.execute(*counted).fetchone() == (10,))
+    assert {answer.status for answer in await asyncio.gather(*reads)} == {200}
+    items = [{"wallet_uuid": "w", "operation_uuid": str(uuid4()), "operation_type": "DEPOSIT", "amount": 1}]
+    assert (await client.post("/api/v1/operations", json={"operations": items})).status == 200
+    assert len(lane_pids(superuser)) == 4
+
+    await until(lambda: superuser.execute(*counted).fetchone() == (0,), 3)
+    await until(lambda: sorted(lane_pids(superuser)) == sorted(kept), 3)
+
+    assert await balance(client, "w") == 1
+    assert (await deposit(client, "w", 1)).status == 200
+
+
+async def test_a_peer_that_is_gone_without_a_word_is_noticed_by_the_kernel(
+    superuser: psycopg.Connection, database_url: str
+) -> None:
+    proxy = Proxy(f"{superuser.info.host}/.s.PGSQL.5432", PostgresTalk)
+    await proxy.listen(("127.0.0.1", 0))
+    url = f"postgresql://{LOGIN}@127.0.0.1:{proxy.address[1]}/{superuser.info.dbname}?sslmode=disable"
+    connection = await connect(url, 10)
+    peer = connection._transport.get_extra_info("socket")
+    assert peer.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+    assert peer.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 5000
+    await connection.close()
+    await proxy.close()
 
 
 async def test_what_a_role_or_a_database_has_set_makes_no_session_unsafe(

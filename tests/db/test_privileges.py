@@ -249,7 +249,7 @@ def test_the_owner_neither_deletes_a_wallet_nor_changes_the_ledger_by_mistake(
         with pytest.raises(psycopg.errors.InsufficientPrivilege), superuser.transaction():
             superuser.execute(statement.encode())
     assert balances(service, ["w"]) == {"w": 100}
-    apply(service, deposit("w", A, 5))
+    apply(service, deposit("w", B, 5))
 
 
 def test_no_role_may_change_the_ledger_however_it_came_by_it(superuser: psycopg.Connection) -> None:
