@@ -3,54 +3,116 @@
 import asyncio
 import contextlib
 import logging
+import os
 import random
+import socket
 from collections.abc import AsyncIterator, Iterator
-from typing import Any
+from typing import Any, TypeGuard
+from urllib.parse import parse_qs, urlsplit
 from uuid import UUID, uuid4
 
 import asyncpg
 from aiohttp import web
+from asyncpg.connect_utils import SessionAttribute
 
 from app.messages import Operation, Wallet
 from app.metrics import POOL_IN_USE
 from app.problems import NO_ANSWER, Refusal
 from app.settings import Settings, StartupError
 
-FUNCTIONS = (
-    "wallet.create_wallet(text)",
-    "wallet.get_wallet(text)",
-    "wallet.apply_operation(text, uuid, text, bigint)",
-    "wallet.apply_operations(text[], uuid[], text[], bigint[])",
-    "wallet.raise_too_late()",
-    "wallet.get_operation(text, uuid)",
-    "wallet.list_operations(text, bigint, int)",
-)
-"""What the service calls."""
+CONTRACT = 2
+"""The least wallet.contract_version() that this service works with."""
+
+CREATED_AT = "(to_json(created_at at time zone 'UTC') #>> '{}') || 'Z'"
+"""A time as answers show it. asyncpg knows no year past 9999, and the service only passes it on."""
 
 CONNECT_TIMEOUT = 5.0
 """Seconds until an attempt to connect is given up."""
+FIRST_ATTEMPT = 0.5
+"""The part of a deadline that a first attempt may take: a connection that goes nowhere leaves time for a second one."""
+IDLE = 10.0
+"""Seconds after which a connection that nobody needs is given back."""
 
 _log = logging.getLogger("wallet")
 
 
-async def connect(url: str, deadline: float, name: str = "wallet") -> Any:
-    """Connect to PostgreSQL.
+_HARMLESS = ("40001", "40P01", "55P03", "57014")
+_PASSING = ("25", "40", "53", "55P03", "57", "58")
+_LOST = ("08", "XX")
+
+
+async def connect(url: str, deadline: float, name: str = "wallet", *, lock_timeout: float = 0) -> Any:
+    """Connect to PostgreSQL; where the URL names several hosts, to the one that takes writes.
 
     The server ends a statement after `deadline` seconds by itself, so that none whose caller is gone holds a lock or a
-    connection for ever. `name` is what pg_stat_activity calls the session.
+    connection for ever, and a wait for a lock after `lock_timeout` seconds (0: not). A commit is on disk before it is
+    answered, and statements see what was committed before them, whatever the role or the database have set.
+    `name` is what pg_stat_activity calls the session.
     """
-    connection = await asyncpg.connect(url, timeout=CONNECT_TIMEOUT, server_settings={"application_name": name})
-    try:  # by a statement: a pooler refuses a session that begins with this setting
-        await connection.execute(f"set statement_timeout = {round(deadline * 1000)}")
+    connection = await asyncpg.connect(
+        url,
+        timeout=CONNECT_TIMEOUT,
+        server_settings={"application_name": name},
+        target_session_attrs=SessionAttribute.read_write if _names_several_hosts(url) else None,
+    )
+    _keep_alive(connection, deadline)
+    try:  # by statements: a pooler refuses a session that begins with these settings
+        await connection.execute(
+            f"set statement_timeout = {round(deadline * 1000)};"
+            f"set lock_timeout = {round(lock_timeout * 1000)};"
+            "set default_transaction_isolation = 'read committed';"
+            "select set_config('synchronous_commit', 'on', false)"
+            " where current_setting('synchronous_commit') <> 'remote_apply'"
+        )
     except BaseException:
         connection.terminate()
         raise
     return connection
 
 
+def _keep_alive(connection: Any, deadline: float) -> None:
+    """Have the kernel notice a peer that is gone without a word, such as behind a NAT that forgot (Linux, tcp(7)).
+
+    asyncpg has no option for it.
+    """
+    peer = connection._transport.get_extra_info("socket")  # noqa: SLF001
+    if peer is not None and peer.family != socket.AF_UNIX:
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in (("IDLE", 15), ("INTVL", 5), ("CNT", 3)):
+            if number := getattr(socket, f"TCP_KEEP{option}", None):
+                peer.setsockopt(socket.IPPROTO_TCP, number, value)
+        if number := getattr(socket, "TCP_USER_TIMEOUT", None):
+            peer.setsockopt(socket.IPPROTO_TCP, number, round(FIRST_ATTEMPT * deadline * 1000))
+
+
+def _names_several_hosts(url: str) -> bool:
+    parts = urlsplit(url)
+    query = parse_qs(parts.query)
+    hosts = query.get("host", [parts.netloc.rpartition("@")[2] or os.environ.get("PGHOST", "")])[-1]
+    return "," in hosts and "target_session_attrs" not in query and "PGTARGETSESSIONATTRS" not in os.environ
+
+
 def session_survives(error: BaseException) -> bool:
-    """Tell whether an error was the answer to a statement, so that the session goes on and nothing was changed."""
-    return isinstance(error, asyncpg.PostgresError) and error.severity_en == "ERROR"
+    """Tell whether the session is good after an error: the statement was refused, or gave way to another one."""
+    return isinstance(error, Refusal) or (_is_answer(error) and error.sqlstate in _HARMLESS)
+
+
+def nothing_changed(error: BaseException) -> bool:
+    """Tell whether an error was the answer to a statement, which the database then took back, or was never sent."""
+    return isinstance(error, asyncpg.DataError) or _is_answer(error)
+
+
+def is_passing(error: BaseException) -> bool:
+    """Tell whether the same call may do better later: the database is away, full, busy, or read-only for a while."""
+    return not nothing_changed(error) or (_is_answer(error) and str(error.sqlstate).startswith(_PASSING))
+
+
+def _is_answer(error: BaseException) -> TypeGuard[asyncpg.PostgresError]:
+    return (
+        isinstance(error, asyncpg.PostgresError)
+        and error.severity_en == "ERROR"
+        and not str(error.sqlstate).startswith(_LOST)
+    )
 
 
 def pauses() -> Iterator[float]:
@@ -72,15 +134,13 @@ class Pool:
         self._url = url
         self.deadline = deadline
         self._places = asyncio.Semaphore(size)
-        self._idle: list[Any] = []
+        self._idle: list[tuple[Any, float]] = []
 
     @contextlib.asynccontextmanager
     async def connection(self) -> AsyncIterator[Any]:
         """Lend a connection."""
         async with self._places:
-            while self._idle and self._idle[-1].is_closed():
-                self._idle.pop()
-            connection = self._idle.pop() if self._idle else await connect(self._url, self.deadline)
+            connection = self._take() or await connect(self._url, self.deadline)
             POOL_IN_USE.inc()
             try:
                 yield connection
@@ -91,37 +151,62 @@ class Pool:
             finally:
                 POOL_IN_USE.dec()
                 if not connection.is_closed():
-                    self._idle.append(connection)
+                    self._idle.append((connection, asyncio.get_running_loop().time()))
+
+    def _take(self) -> Any:
+        """Return the connection that was used last, if there is an open one."""
+        while self._idle:
+            connection, _ = self._idle.pop()
+            if not connection.is_closed():
+                return connection
+        return None
+
+    async def give_back(self) -> None:
+        """Close connections that have been idle for long, for ever."""
+        while True:
+            await asyncio.sleep(IDLE / 2)
+            long_ago = asyncio.get_running_loop().time() - IDLE
+            while self._idle and self._idle[0][1] < long_ago:
+                self._idle.pop(0)[0].terminate()
 
     async def fetch(self, query: str, *arguments: object) -> list[asyncpg.Record]:
         """Make a call that may safely be made twice, again and again until the database gives a definite answer.
 
-        A refusal is definite; whatever else goes wrong is a database that is away, restarting or out of something.
-        Raises Refusal, and TimeoutError after the deadline of a request.
+        A refusal is definite, and so is an error that a new session meets too and that time doesn't mend. Raises
+        Refusal, asyncpg.PostgresError for such an error, and TimeoutError after the deadline of a request.
         """
         async with asyncio.timeout(self.deadline):
             return await self._fetch(query, *arguments)
 
     async def _fetch(self, query: str, *arguments: object) -> list[asyncpg.Record]:
         pause = pauses()
+        lost, before = False, None
+        limit: float | None = FIRST_ATTEMPT * self.deadline
         while True:
             try:
-                async with self.connection() as connection:
+                async with self.connection() as connection, asyncio.timeout(limit):
                     rows: list[asyncpg.Record] = await connection.fetch(query, *arguments)
                     return rows
-            except Refusal:
+            except Refusal as error:
+                error.after_a_lost_attempt = lost
                 raise
             except asyncpg.PostgresError as error:
                 extra = {"sqlstate": error.sqlstate}
-                _log.warning("no answer from the database: SQLSTATE %s", error.sqlstate, extra=extra)
+                _log.warning("no answer from the database: SQLSTATE %s: %s", error.sqlstate, error, extra=extra)
+                if error.sqlstate == before and not is_passing(error):
+                    raise
+                before = error.sqlstate
+                lost = lost or not nothing_changed(error)
             except NO_ANSWER as error:
                 _log.warning("no answer from the database: %s", type(error).__name__)
+                lost = True
+            limit = None
             await asyncio.sleep(next(pause))
 
     def close(self) -> None:
         """Close the connections that are not lent."""
         while self._idle:
-            self._idle.pop().terminate()
+            self._idle.pop()[0].terminate()
 
 
 POOL = web.AppKey("pool", Pool)
@@ -133,16 +218,21 @@ async def pool(app: web.Application) -> AsyncIterator[None]:
     settings = app[SETTINGS]
     assert settings.database_url is not None
     app[POOL] = Pool(settings.database_url, settings.pool_size, settings.request_deadline)
+    giving_back = asyncio.create_task(app[POOL].give_back())
     yield
+    giving_back.cancel()
     app[POOL].close()
 
 
-async def check(url: str) -> None:
-    """See that a database can serve this service. Raises StartupError: unreachable, not migrated, not allowed."""
+async def check(settings: Settings) -> None:
+    """See that a database can serve this service. Raises StartupError: unreachable, read-only, unsafe, not migrated."""
+    assert settings.database_url is not None
     try:
-        connection = await asyncpg.connect(url, timeout=CONNECT_TIMEOUT)
+        connection = await connect(settings.database_url, settings.request_deadline)
     except TimeoutError:
         raise StartupError(f"cannot reach the database: no answer within {CONNECT_TIMEOUT:g} seconds") from None
+    except asyncpg.TargetServerAttributeNotMatched:
+        raise StartupError("none of the hosts in DATABASE_URL takes writes") from None
     except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
         raise StartupError(f"cannot reach the database: {' '.join(str(error).split())}") from None
     except ValueError:  # its text may hold a piece of the password
@@ -150,6 +240,10 @@ async def check(url: str) -> None:
             "cannot reach the database: DATABASE_URL is no URI; are special characters in its password percent-encoded?"
         ) from None
     try:
+        if not await is_writable(connection):
+            raise StartupError("the database is read-only: a standby, or default_transaction_read_only is on")
+        if not settings.allow_fsync_off and await connection.fetchval("show fsync") == "off":
+            raise StartupError("the database has fsync = off: a crash of its machine would lose answered operations")
         if not await is_migrated(connection):
             raise StartupError(
                 "the database is not migrated, or its user is no member of wallet_app: "
@@ -159,26 +253,56 @@ async def check(url: str) -> None:
         await connection.close()
 
 
+async def is_writable(connection: Any) -> bool:
+    """Tell whether this session may write: it is no standby's, and not read-only by a setting."""
+    read_only: str = await connection.fetchval("show transaction_read_only")
+    return read_only == "off"
+
+
 async def is_migrated(connection: Any) -> bool:
-    """Tell whether every function that the service calls is there and may be called."""
-    ready: bool = await connection.fetchval(
-        "select bool_and(coalesce(has_function_privilege(to_regprocedure(name), 'execute'), false))"
-        " and bool_and(has_schema_privilege(to_regnamespace('wallet')::oid, 'usage')) from unnest($1::text[]) as name",
-        FUNCTIONS,
-    )
-    return bool(ready)
+    """Tell whether the functions are there, may be called, and are not older than what the service needs."""
+    query = "select wallet.contract_version() where pg_has_role('wallet_app', 'usage')"
+    try:
+        version: int | None = await connection.fetchval(query)
+    except (
+        asyncpg.InsufficientPrivilegeError,
+        asyncpg.InvalidSchemaNameError,
+        asyncpg.UndefinedFunctionError,
+        asyncpg.UndefinedObjectError,
+    ):
+        return False
+    return version is not None and version >= CONTRACT
+
+
+async def readiness(pool: Pool) -> tuple[bool, bool]:
+    """Return whether the database can be written, and whether it is migrated.
+
+    A session that may not write is as old as the setting that forbids it, so a new one is asked.
+    """
+    for _ in range(2):
+        async with pool.connection() as connection:
+            writable, migrated = await is_writable(connection), await is_migrated(connection)
+            if writable:
+                break
+            connection.terminate()
+    return writable, migrated
 
 
 async def create_wallet(pool: Pool, wallet_uuid: str | None) -> Wallet:
-    """Create a wallet; None for a random name. Raises Refusal: WA400, WA419."""
+    """Create a wallet; None for a random name. Raises Refusal: WA400, WA419.
+
+    Raises TimeoutError where the wallet exists and an earlier attempt of this call was lost: it may have made it.
+    """
     name = wallet_uuid or str(uuid4())
     async with asyncio.timeout(pool.deadline):
         try:
             return _wallet(await pool.fetch("select id, uuid, balance from wallet.create_wallet($1)", name))
         except Refusal as error:
-            if error.sqlstate == "WA419" and wallet_uuid is None:  # the name is ours: an earlier attempt came through
+            if error.sqlstate != "WA419" or not error.after_a_lost_attempt:
+                raise
+            if wallet_uuid is None:  # the name is ours: an earlier attempt came through
                 return await get_wallet(pool, name)
-            raise
+            raise TimeoutError from None
 
 
 async def get_wallet(pool: Pool, wallet_uuid: str) -> Wallet:
@@ -188,14 +312,18 @@ async def get_wallet(pool: Pool, wallet_uuid: str) -> Wallet:
 
 async def get_operation(pool: Pool, wallet_uuid: str, operation_uuid: UUID) -> Operation:
     """Return an operation of a wallet. Raises Refusal: WA400, WA404, WA414."""
-    rows = await pool.fetch("select * from wallet.get_operation($1, $2)", wallet_uuid, operation_uuid)
+    query = f"select {_OPERATION} from wallet.get_operation($1, $2)"
+    rows = await pool.fetch(query, wallet_uuid, operation_uuid)
     return _operation(rows[0])
 
 
 async def list_operations(pool: Pool, wallet_uuid: str, before: int | None, limit: int) -> list[Operation]:
     """Return a wallet's operations with a seq below `before`, newest first. Raises Refusal: WA400, WA404."""
-    rows = await pool.fetch("select * from wallet.list_operations($1, $2, $3)", wallet_uuid, before, limit)
-    return [_operation(row) for row in rows]
+    query = f"select {_OPERATION} from wallet.list_operations($1, $2, $3)"
+    return [_operation(row) for row in await pool.fetch(query, wallet_uuid, before, limit)]
+
+
+_OPERATION = ", ".join(CREATED_AT if name == "created_at" else name for name in Operation.__struct_fields__)
 
 
 def _wallet(rows: list[asyncpg.Record]) -> Wallet:
@@ -203,4 +331,4 @@ def _wallet(rows: list[asyncpg.Record]) -> Wallet:
 
 
 def _operation(row: asyncpg.Record) -> Operation:
-    return Operation(**{name: row[name] for name in Operation.__struct_fields__})
+    return Operation(*row.values())

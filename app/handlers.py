@@ -7,7 +7,7 @@ from aiohttp import web
 
 from app import database, lanes
 from app.database import POOL
-from app.lanes import BULK, Outcome, Request
+from app.line import Outcome, Request
 from app.messages import (
     BULK_BODY_LIMIT,
     Applied,
@@ -24,7 +24,7 @@ from app.messages import (
     respond,
     wallet_uuid,
 )
-from app.problems import NO_SUCCESS, REFUSALS, Problem, refusal
+from app.problems import NO_SUCCESS, RETRY, Problem, code_of, refusal, unavailable
 
 READY_TIMEOUT = 2.0
 """Seconds that the database has to answer a readiness check."""
@@ -51,7 +51,7 @@ async def apply_operation(request: web.Request) -> web.Response:
     name = wallet_uuid(request)
     operation = await read_body(request, _new_operation)
     asked = Request(name, operation.operation_uuid, operation.operation_type, operation.amount)
-    [outcome] = await lanes.apply(request.app, asked)
+    outcome = await lanes.apply_one(request.app, asked)
     if outcome.sqlstate is not None:
         recorded = outcome.recorded(asked)
         same_request = None if recorded is None else outcome.is_repeat_of(asked)
@@ -63,7 +63,7 @@ async def apply_operations(request: web.Request) -> web.Response:
     """POST /api/v1/operations"""
     new = await read_body(request, _new_operations, BULK_BODY_LIMIT)
     asked = [Request(o.wallet_uuid, o.operation_uuid, o.operation_type, o.amount) for o in new.operations]
-    outcomes = await request.app[BULK].apply(asked) if asked else []
+    outcomes = await lanes.apply_all(request.app, asked)
     return respond(Results([_result(o, outcome) for o, outcome in zip(asked, outcomes, strict=True)]))
 
 
@@ -87,18 +87,20 @@ async def healthz(_request: web.Request) -> web.Response:
 
 
 async def readyz(request: web.Request) -> web.Response:
-    """GET /readyz: the database answers and is migrated."""
+    """GET /readyz: the database can be written and is migrated."""
     try:
-        async with asyncio.timeout(READY_TIMEOUT), request.app[POOL].connection() as connection:
-            migrated = await database.is_migrated(connection)
+        async with asyncio.timeout(READY_TIMEOUT):
+            writable, migrated = await database.readiness(request.app[POOL])
     except NO_SUCCESS:
-        raise Problem(503, "unavailable", "The database does not answer", headers={"Retry-After": "1"}) from None
+        raise unavailable("The database does not answer") from None
+    if not writable:
+        raise unavailable("The database is read-only")
     if not migrated:
-        raise Problem(503, "not_migrated", "The database is not migrated", headers={"Retry-After": "1"})
+        raise Problem(503, "not_migrated", "The database is not migrated", headers=RETRY)
     return respond({"status": "ok"})
 
 
 def _result(asked: Request, outcome: Outcome) -> Applied | Refused:
     if outcome.sqlstate is None:
         return Applied(asked.operation_uuid, True, outcome.balance_after, outcome.seq)
-    return Refused(asked.operation_uuid, False, REFUSALS[outcome.sqlstate][1], str(outcome.message))
+    return Refused(asked.operation_uuid, False, code_of(outcome.sqlstate), str(outcome.message))

@@ -8,26 +8,28 @@ locks until it is committed. So what is refused after a 503 is not applied later
 
 Bulk requests have a lane of their own, which may have a few calls in flight: while one is under way, another is sent
 once it carries as much, or after a moment.
+
+A wallet that somebody keeps locked delays the call that meets it by a lock_timeout, and one to which the database
+refuses something has its call made again in parts. From then on its requests wait on the siding, and one of them at a
+time is tried in a call apart from the lanes, until that has had an outcome of ours.
 """
 
 import asyncio
 import contextlib
 import logging
-from collections import Counter, deque
+from bisect import insort
+from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Iterable, Sequence
-from datetime import datetime, timedelta
 from itertools import islice
-from typing import Any, NamedTuple
-from uuid import UUID
+from operator import attrgetter
+from typing import NamedTuple
 
-import asyncpg
 from aiohttp import web
 
-from app.database import SETTINGS, connect, pauses, session_survives
-from app.messages import Operation
-from app.metrics import BATCH_SIZE, CALLS_IN_FLIGHT, LANE_WAITING, OPERATIONS, RESENDS
-from app.problems import NO_ANSWER, NO_SUCCESS, REFUSALS, Problem, Refusal
-from app.settings import Settings
+from app.database import IDLE, SETTINGS
+from app.line import LEAD, Line, Outcome, Request, refused
+from app.metrics import LANE_WAITING, WALLETS_APART
+from app.problems import Problem
 
 BULK_LINES = 2
 """Connections for bulk requests in each worker."""
@@ -35,80 +37,19 @@ BULK_BATCH = 4096
 """Operations in a call that several bulk requests share, at most. A larger request goes by itself."""
 LINGER = 0.005
 """Seconds that bulk requests wait, at most, for others to share a call while another call is under way."""
-CLOCK_AGE = 5.0
-"""Seconds after which the database's clock is read again."""
-LEAD = 0.05
-"""The part of a deadline by which a call is given up before it: room for clocks that do not go alike."""
 HEADROOM = 0.1
 """The part of a deadline that every request of a call has before it, at least.
 
 With less, after an outage as long as the deadline, the oldest request of each call would spoil it for all the others.
 """
-
-_IN_TIME = "case when clock_timestamp() < $5 then true else wallet.raise_too_late() end"
-"""$5 is the call's last moment by the database's clock. A filter of a function's rows is evaluated when it has run."""
-
-_APPLY = f"""
-select
-  sqlstate, message, balance_after, seq,
-  case when sqlstate is not null then operation_type end,
-  case when sqlstate is not null then amount end,
-  case when sqlstate is not null then created_at end
-from wallet.apply_operations($1::text::text[], $2, $3::text::text[], $4)
-where {_IN_TIME}
-"""
-
-_APPLY_ONE = f"""
-select null, null, balance_after, seq, null, null, null
-from wallet.apply_operation($1, $2, $3, $4)
-where {_IN_TIME}
-"""
+SIDING_HEADROOM = 2 * HEADROOM
+"""The same for requests on the siding, whose calls take as long as a lock_timeout."""
+SIDING_WALLETS = 10_000
+"""Wallets that are known to be in trouble, at most."""
+GAUGE_INTERVAL = 0.5
+"""Seconds after an arrival until the requests that wait are counted."""
 
 _log = logging.getLogger("wallet")
-
-
-class Request(NamedTuple):
-    """One operation to apply. `amount` is in minor units."""
-
-    wallet_uuid: str
-    operation_uuid: UUID
-    operation_type: str
-    amount: int
-
-
-class Outcome(NamedTuple):
-    """What came of a request: a row of wallet.apply_operations.
-
-    `sqlstate` and `message` are None for an applied one. A duplicate carries the recorded operation if it belongs to
-    the same wallet; otherwise the rest is None.
-    """
-
-    sqlstate: str | None
-    message: str | None
-    balance_after: int
-    seq: int
-    operation_type: str
-    amount: int
-    created_at: datetime | None
-
-    def is_repeat_of(self, request: Request) -> bool:
-        """Tell whether this is a duplicate whose record is the very same request."""
-        same = (self.operation_type, self.amount) == (request.operation_type, request.amount)
-        return self.sqlstate == "WA409" and same
-
-    def recorded(self, request: Request) -> Operation | None:
-        """Return the operation on record for a duplicate of the same wallet."""
-        if self.seq is None or self.created_at is None:
-            return None
-        return Operation(
-            request.operation_uuid,
-            request.wallet_uuid,
-            str(self.operation_type),
-            int(self.amount or 0),
-            int(self.balance_after or 0),
-            self.seq,
-            self.created_at,
-        )
 
 
 class Waiting(NamedTuple):
@@ -119,164 +60,11 @@ class Waiting(NamedTuple):
     until: float
 
 
+_until = attrgetter("until")
+
+
 def _size(waiting: Iterable[Waiting]) -> int:
     return sum(len(each.requests) for each in waiting)
-
-
-class Line:
-    """A connection to wallet.apply_operations that survives whatever happens to the connection.
-
-    One call at a time. A call whose outcome was lost is made again, once its backend is gone: otherwise a refusal could
-    be answered now and the old call still apply the operation later. What the lost call had committed comes back as a
-    duplicate of the very same request, and is the success that it is.
-    """
-
-    def __init__(self, settings: Settings) -> None:
-        assert settings.database_url is not None
-        self._url = settings.database_url
-        self._deadline = settings.request_deadline
-        self._connection: Any = None
-        self._backend: asyncpg.Record | None = None
-        self._abandoned: asyncpg.Record | None = None
-        self._abandoned_until = 0.0
-        self._lost = False
-        self._clock: datetime | None = None
-        self._clock_read = 0.0
-
-    async def apply(self, requests: Sequence[Request], last: float, *, again: bool = False) -> list[Outcome]:
-        """Apply requests in one call and return their outcomes, in order, once they are committed.
-
-        Tries until the database gives a definite answer. Raises TimeoutError at the last moment, on the loop's clock:
-        then nobody knows what was applied, and may be told so a LEAD later. `again`: the requests were in a call that
-        was given up, just before.
-        """
-        if not again:
-            self._lost = False
-        BATCH_SIZE.observe(len(requests))
-        CALLS_IN_FLIGHT.inc()
-        try:
-            async with asyncio.timeout_at(last):
-                outcomes = await self._apply(requests, last)
-        except TimeoutError:
-            await self._end_abandoned()
-            raise
-        finally:
-            CALLS_IN_FLIGHT.dec()
-        count(requests, outcomes)
-        return outcomes
-
-    async def _apply(self, requests: Sequence[Request], last: float) -> list[Outcome]:
-        pause = pauses()
-        while True:
-            try:
-                clock = await self._prepare()
-                last_there = clock + timedelta(seconds=last - self._clock_read)
-                outcomes = await self._call(requests, last, last_there)
-                break
-            except asyncpg.PostgresError as error:
-                extra = {"sqlstate": error.sqlstate}
-                _log.warning("a call failed and is made again: SQLSTATE %s", error.sqlstate, extra=extra)
-                self._clock = None  # if it was too late, then by a clock that has been set: read it again
-            except NO_ANSWER as error:
-                _log.warning("a call was lost and is made again: %s", type(error).__name__)
-            RESENDS.inc()
-            await asyncio.sleep(next(pause))
-        return _recognise(requests, outcomes) if self._lost else outcomes
-
-    async def close(self) -> None:
-        """Close the connection."""
-        if self._connection is not None:
-            self._connection.terminate()
-            self._connection = None
-
-    async def _call(self, requests: Sequence[Request], last: float, last_there: datetime) -> list[Outcome]:
-        try:
-            if len(requests) == 1:  # the shorter way for a lone client; what it refuses, the array function explains
-                with contextlib.suppress(Refusal):
-                    return [Outcome._make(await self._connection.fetchrow(_APPLY_ONE, *requests[0], last_there))]
-            wallets, operations, types, amounts = zip(*requests, strict=True)
-            arguments = (_literal(wallets), operations, _literal(types), amounts)
-            return [Outcome._make(row) for row in await self._connection.fetch(_APPLY, *arguments, last_there)]
-        except BaseException as error:
-            if not session_survives(error):  # it ended, perhaps between the commit and the answer
-                self._lost = True
-                self._abandoned = self._backend
-                self._abandoned_until = last + LEAD * self._deadline
-                await self.close()
-            raise
-
-    async def _prepare(self) -> datetime:
-        """Have a connection and no abandoned backend; return the time by the database's clock at `_clock_read`.
-
-        A backend that cannot be ended is waited for until its call is too late by any clock.
-        """
-        loop = asyncio.get_running_loop()
-        try:
-            if self._connection is None or self._connection.is_closed():
-                self._clock = None
-                self._connection = await connect(self._url, self._deadline, "wallet lane")
-                self._backend = await self._connection.fetchrow(
-                    "select pid, backend_start from pg_stat_activity where pid = pg_backend_pid()"
-                )
-            while self._abandoned is not None:
-                alive = await self._connection.fetchval(
-                    "select count(pg_terminate_backend(pid)) from pg_stat_activity"
-                    " where pid = $1 and backend_start = $2",
-                    *self._abandoned,
-                )
-                if alive and loop.time() < self._abandoned_until:
-                    await asyncio.sleep(0.01)
-                else:
-                    self._abandoned = None
-            if self._clock is None or loop.time() - self._clock_read > CLOCK_AGE:
-                clock: datetime = await self._connection.fetchval("select clock_timestamp()")
-                self._clock, self._clock_read = clock, loop.time()  # it was read earlier than this, if anything
-            return self._clock
-        except BaseException:
-            await self.close()
-            raise
-
-    async def _end_abandoned(self) -> None:
-        """End the backend of a call that was given up, so that it holds no locks, if the database answers at once."""
-        if self._abandoned is not None:
-            with contextlib.suppress(*NO_SUCCESS):
-                async with asyncio.timeout(LEAD * self._deadline):
-                    await self._prepare()
-
-
-def _literal(values: Iterable[str]) -> str:
-    """Return an array as PostgreSQL writes it (section 8.15.6 of its manual); no text holds a zero byte.
-
-    asyncpg's own encoding looks at each element several times and takes several times as long.
-    """
-    escaped = "\0".join(values).replace("\\", "\\\\").replace('"', '\\"')
-    return '{"' + escaped.replace("\0", '","') + '"}'
-
-
-def count(requests: Sequence[Request], outcomes: Sequence[Outcome]) -> None:
-    """Count what was decided, by type and outcome."""
-    kinds = Counter(
-        (request.operation_type, outcome.sqlstate) for request, outcome in zip(requests, outcomes, strict=True)
-    )
-    for (operation_type, sqlstate), number in kinds.items():
-        outcome = "applied" if sqlstate is None else REFUSALS[sqlstate][1]
-        OPERATIONS.labels(operation_type, outcome).inc(number)
-
-
-def _recognise(requests: Sequence[Request], outcomes: list[Outcome]) -> list[Outcome]:
-    """Turn the duplicates that an earlier, lost call of the same requests had applied into the successes that they are.
-
-    An operation that was sent twice within the call succeeds once.
-    """
-    own: set[UUID] = set()
-    recognised = []
-    for request, outcome in zip(requests, outcomes, strict=True):
-        if request.operation_uuid not in own and outcome.is_repeat_of(request):
-            outcome = outcome._replace(sqlstate=None, message=None)
-        if outcome.sqlstate is None:
-            own.add(request.operation_uuid)
-        recognised.append(outcome)
-    return recognised
 
 
 class Lane:
@@ -293,30 +81,47 @@ class Lane:
         self._arrived = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
+        self._counting = False
 
     def apply(self, requests: Sequence[Request]) -> asyncio.Future[list[Outcome]]:
         """Queue requests and return the future of their outcomes, in order, or of a TimeoutError at their deadline.
 
         They go in one call. Raises Problem (429) if too many clients wait already.
         """
-        if len(self._waiting) >= self._limit:
-            raise overloaded()
+        self._admit()
         waiting = Waiting(requests, self._loop.create_future(), self._loop.time() + self._deadline)
         self._waiting.append(waiting)
-        self._arrived.set()
         if self._timer is None:
             self._timer = self._loop.call_at(waiting.until, self._watch)
         return waiting.outcomes
 
-    async def run(self, line: Line) -> None:
-        """Send what waits, for ever.
+    def _admit(self) -> None:
+        if len(self._waiting) >= self._limit:
+            raise overloaded()
+        self._arrived.set()
+        if not self._counting:
+            self._counting = True
+            self._loop.call_later(GAUGE_INTERVAL, self._count)
+
+    def _count(self) -> None:
+        self._counting = False
+        self._gauge.set(len(self._waiting))
+
+    async def run(self, line: Line, idle: float | None = None) -> None:
+        """Send what waits, for ever; give the line's connection back when nothing has come for so many seconds.
 
         Nothing is awaited between the look at the queue and the wait for an arrival, so none slips in between unseen.
         """
+        if idle is None:
+            await line.open()
         while True:
             while not self._waiting:
                 self._arrived.clear()
-                await self._arrived.wait()
+                try:
+                    async with asyncio.timeout(idle):
+                        await self._arrived.wait()
+                except TimeoutError:
+                    await line.close()
             if any(self._sent.values()):
                 await self._linger()
             self._sent[line] = self._take()
@@ -395,8 +200,80 @@ class Lane:
             self._timer.cancel()
 
 
+class Siding(Lane):
+    """Requests for wallets that are in trouble: a single client's for each such wallet in one call.
+
+    Somebody keeps the wallet locked, or the database refuses it something: a call with such a request costs its fellows
+    some time.
+    """
+
+    def __init__(self, limit: int, deadline: float) -> None:
+        super().__init__("siding", BULK_BATCH, limit, deadline)
+        self._headroom = SIDING_HEADROOM * deadline
+        self.wallets: set[str] = set()
+        """The wallets in trouble, until a request for them has had an outcome of ours."""
+
+    def note(self, wallet: str, outcomes: Iterable[Outcome]) -> None:
+        """Note how a wallet fares."""
+        if any(outcome.sqlstate is None or outcome.sqlstate.startswith("WA") for outcome in outcomes):
+            self.wallets.discard(wallet)
+        elif len(self.wallets) < SIDING_WALLETS:
+            self.wallets.add(wallet)
+        WALLETS_APART.set(len(self.wallets))
+
+    async def apply_apart(self, requests: Sequence[Request], until: float) -> list[Outcome]:
+        """Apply requests for one wallet, trying again while it is locked, and return their outcomes in order.
+
+        Those of what stayed locked up to the deadline (on the loop's clock) are 55P03. Raises TimeoutError if the
+        outcome is unknown at the deadline.
+        """
+        outcomes = [refused("55P03")] * len(requests)
+        with contextlib.suppress(Problem):  # what may not wait is not applied either
+            while locked := [number for number, outcome in enumerate(outcomes) if outcome.sqlstate == "55P03"]:
+                if self._loop.time() >= until - self._headroom:
+                    break
+                found = await self._queue([requests[number] for number in locked], until)
+                self.note(requests[0].wallet_uuid, found)
+                for number, outcome in zip(locked, found, strict=True):
+                    outcomes[number] = outcome
+        return outcomes
+
+    def _queue(self, requests: Sequence[Request], until: float) -> asyncio.Future[list[Outcome]]:
+        """Queue requests in the order of their deadlines."""
+        self._admit()
+        waiting = Waiting(requests, self._loop.create_future(), until)
+        insort(self._waiting, waiting, key=_until)
+        self.close()
+        self._watch()
+        return waiting.outcomes
+
+    def _take(self) -> list[Waiting]:
+        """Take what is to go in the next call; answer those that have no time for another one and were not applied."""
+        taken: list[Waiting] = []
+        left: list[Waiting] = []
+        tried: set[str] = set()
+        room = self._batch
+        least = self._loop.time() + self._headroom
+        for waiting in self._waiting:
+            wallet = waiting.requests[0].wallet_uuid
+            if waiting.outcomes.done():
+                continue
+            if waiting.until <= least:
+                waiting.outcomes.set_result([refused("55P03")] * len(waiting.requests))
+            elif (wallet in tried and wallet in self.wallets) or (taken and len(waiting.requests) > room):
+                left.append(waiting)
+            else:
+                taken.append(waiting)
+                tried.add(wallet)
+                room -= len(waiting.requests)
+        self._waiting = deque(left)
+        self._gauge.set(len(left))
+        return taken
+
+
 LANES = web.AppKey("lanes", list[Lane])
 BULK = web.AppKey("bulk", Lane)
+SIDING = web.AppKey("siding", Siding)
 
 
 def overloaded() -> Problem:
@@ -404,10 +281,41 @@ def overloaded() -> Problem:
     return Problem(429, "overloaded", "Too many requests are waiting", headers={"Retry-After": "1"})
 
 
-def apply(app: web.Application, request: Request) -> asyncio.Future[list[Outcome]]:
-    """Queue a request on its wallet's lane and return the future of its outcome. Raises Problem (429)."""
+async def apply_one(app: web.Application, request: Request) -> Outcome:
+    """Apply a request on its wallet's lane. Raises Problem (429), and TimeoutError if its outcome is unknown."""
     lanes = app[LANES]
-    return lanes[hash(request.wallet_uuid) % len(lanes)].apply([request])
+    [outcome] = await _apply(app, lanes[hash(request.wallet_uuid) % len(lanes)], [request])
+    return outcome
+
+
+async def apply_all(app: web.Application, requests: Sequence[Request]) -> list[Outcome]:
+    """Apply the requests of a bulk request. Raises Problem (429), and TimeoutError if the outcomes are unknown."""
+    return await _apply(app, app[BULK], requests) if requests else []
+
+
+async def _apply(app: web.Application, lane: Lane, requests: Sequence[Request]) -> list[Outcome]:
+    siding = app[SIDING]
+    until = asyncio.get_running_loop().time() + app[SETTINGS].request_deadline
+    outcomes = [refused("55P03")] * len(requests)
+    free = [number for number, request in enumerate(requests) if request.wallet_uuid not in siding.wallets]
+    if free:
+        for number, outcome in zip(free, await lane.apply([requests[number] for number in free]), strict=True):
+            outcomes[number] = outcome
+
+    locked: dict[str, list[int]] = defaultdict(list)
+    for number, outcome in enumerate(outcomes):
+        if outcome.sqlstate is None or outcome.sqlstate.startswith("WA"):
+            continue
+        wallet = requests[number].wallet_uuid
+        siding.note(wallet, [outcome])
+        if outcome.sqlstate == "55P03":
+            locked[wallet].append(number)
+    if locked:
+        apart = (siding.apply_apart([requests[number] for number in some], until) for some in locked.values())
+        for some, found in zip(locked.values(), await asyncio.gather(*apart), strict=True):
+            for number, outcome in zip(some, found, strict=True):
+                outcomes[number] = outcome
+    return outcomes
 
 
 async def lanes(app: web.Application) -> AsyncIterator[None]:
@@ -416,14 +324,17 @@ async def lanes(app: web.Application) -> AsyncIterator[None]:
     deadline = settings.request_deadline
     lanes = [Lane(str(number), settings.lane_batch, settings.lane_queue, deadline) for number in range(settings.lanes)]
     bulk = Lane("bulk", BULK_BATCH, settings.bulk_queue, deadline)
-    app[LANES], app[BULK] = lanes, bulk
-    running = [(lane, Line(settings)) for lane in [*lanes, *[bulk] * BULK_LINES]]
-    tasks = [asyncio.create_task(lane.run(line)) for lane, line in running]
+    siding = Siding(settings.lane_queue, deadline)
+    app[LANES], app[BULK], app[SIDING] = lanes, bulk, siding
+    kept = [(lane, Line(settings)) for lane in lanes]
+    lent = [(lane, Line(settings)) for lane in (*[bulk] * BULK_LINES, siding)]
+    tasks = [asyncio.create_task(lane.run(line)) for lane, line in kept]
+    tasks += [asyncio.create_task(lane.run(line, IDLE)) for lane, line in lent]
     yield
-    for lane in (*lanes, bulk):
+    for lane in (*lanes, bulk, siding):
         lane.close()
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-    for _, line in running:
+    for _, line in (*kept, *lent):
         await line.close()

@@ -3,7 +3,6 @@
 import asyncio
 import re
 from collections.abc import Mapping
-from datetime import datetime
 from typing import Annotated, Literal, TypeVar
 from uuid import UUID
 
@@ -81,7 +80,7 @@ class Operation(msgspec.Struct, frozen=True):
     amount: int
     balance_after: int
     seq: int
-    created_at: datetime
+    created_at: str
 
 
 class OperationPage(msgspec.Struct, frozen=True):

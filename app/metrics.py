@@ -33,6 +33,11 @@ LANE_WAITING = Gauge(
     ["lane"],
     multiprocess_mode="livesum",
 )
+WALLETS_APART = Gauge(
+    "wallet_wallets_apart",
+    "Wallets whose requests are tried apart: somebody keeps them locked, or the database refuses them something.",
+    multiprocess_mode="livesum",
+)
 BATCH_SIZE = Histogram(
     "wallet_batch_size",
     "Operations that went in one call.",

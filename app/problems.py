@@ -17,13 +17,24 @@ REFUSALS = {
     "WA414": (404, "operation_not_found"),
     "WA416": (400, "balance_out_of_range"),
     "WA419": (400, "wallet_exists"),
+    "55P03": (503, "wallet_locked"),
 }
 """What the functions in db/ refuse, by SQLSTATE: the HTTP status and the code. The detail is the SQL message."""
+DATABASE_REFUSED = (503, "database_refused")
+"""The same for any other SQLSTATE."""
 
 
 class Refusal(asyncpg.PostgresError):
     """A function in db/ refused its arguments: a definite answer, nothing was changed."""
 
+    after_a_lost_attempt = False
+    """Whether an attempt of the same call was lost before: it may have done what is now refused."""
+
+
+REFUSED = "Refused by the database: not applied"
+"""The detail where the database itself refused: what it said is for the log."""
+LOCKED = "Wallet is locked by another transaction: not applied"
+"""The detail of a 55P03."""
 
 NO_ANSWER = (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError)
 """What asyncpg raises if a connection cannot be had or was lost: whether a call took effect is unknown."""
@@ -31,7 +42,11 @@ NO_SUCCESS = (asyncpg.PostgresError, *NO_ANSWER)
 """Whatever can come of a call but its rows."""
 
 for _sqlstate in REFUSALS:  # asyncpg raises the class that declares the SQLSTATE
-    type(f"Refusal{_sqlstate}", (Refusal,), {"sqlstate": _sqlstate})
+    if _sqlstate.startswith("WA"):
+        type(f"Refusal{_sqlstate}", (Refusal,), {"sqlstate": _sqlstate})
+
+RETRY = {"Retry-After": "1"}
+"""Seconds after which it is right to ask again."""
 
 _HTTP_CODES = {
     404: "not_found",
@@ -81,12 +96,17 @@ class Problem(Exception):
         )
 
 
+def code_of(sqlstate: str) -> str:
+    """Return the code for what was refused with a SQLSTATE."""
+    return REFUSALS.get(sqlstate, DATABASE_REFUSED)[1]
+
+
 def refusal(sqlstate: str, message: str, **members: object) -> Problem:
-    """Return the problem for what a function in db/ refused."""
-    status, code = REFUSALS[sqlstate]
+    """Return the problem for what a function in db/, or the database itself, refused."""
+    status, code = REFUSALS.get(sqlstate, DATABASE_REFUSED)
     if sqlstate == "WA400":
         members["errors"] = [{"loc": ["body"], "msg": message, "type": "value_error"}]
-    return Problem(status, code, message, members=members)
+    return Problem(status, code, message, headers=RETRY if status == 503 else None, members=members)
 
 
 def invalid(location: list[str | int], message: str, kind: str = "value_error") -> Problem:
@@ -113,7 +133,7 @@ def invalid_input(source: str, error: msgspec.DecodeError) -> Problem:
 
 def unavailable(detail: str) -> Problem:
     """Return the 503 that says: the outcome is unknown, ask again with the same operation_uuid."""
-    return Problem(503, "unavailable", detail, headers={"Retry-After": "1"})
+    return Problem(503, "unavailable", detail, headers=RETRY)
 
 
 def answer_bad_http(
@@ -156,9 +176,9 @@ async def problems(request: web.Request, handler: Handler) -> web.StreamResponse
     except Refusal as error:
         return refusal(str(error.sqlstate), str(error)).response()
     except asyncpg.PostgresError as error:
-        extra = {"sqlstate": error.sqlstate, "code": "unavailable"}
-        _log.error("the database answered SQLSTATE %s: %s", error.sqlstate, type(error).__name__, extra=extra)
-        return unavailable("The database cannot serve this request now").response()
+        extra = {"sqlstate": error.sqlstate, "code": DATABASE_REFUSED[1]}
+        _log.warning("the database refused a request: SQLSTATE %s: %s", error.sqlstate, error, extra=extra)
+        return refusal(str(error.sqlstate), REFUSED).response()
     except NO_ANSWER as error:
         _log.warning("no answer from the database: %s", type(error).__name__, extra={"code": "unavailable"})
         return unavailable("The database did not answer in time").response()

@@ -36,6 +36,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Bulk requests that may wait in a worker; one more gets a 429."""
     request_deadline: float = 10.0
     """Seconds until a request that the database has not answered gets a 503."""
+    allow_fsync_off: bool = False
+    """Whether to start on a database with fsync = off, which loses answered operations if its machine crashes."""
     log_level: str = "INFO"
     """DEBUG, INFO (a line a request), WARNING or ERROR."""
     shutdown_timeout: float = 30.0
@@ -68,7 +70,8 @@ def from_environment(environment: Mapping[str, str] = os.environ) -> Settings:
         try:
             value = msgspec.convert(text, field.type, strict=False)
         except msgspec.ValidationError:
-            raise StartupError(f"{name}: not a number: {text!r}") from None
+            kind = "true or false" if field.type is bool else "a number"
+            raise StartupError(f"{name}: not {kind}: {text!r}") from None
         low, high = _BOUNDS.get(field.name, (None, None))
         if low is not None and high is not None and not low <= value <= high:
             raise StartupError(f"{name}: must be from {low} to {high}, not {text}")

@@ -39,7 +39,7 @@ def serve(settings: Settings) -> None:
             stack.callback(postgres.stop)
             settings = start_embedded(postgres, settings)
         assert settings.database_url is not None
-        asyncio.run(database.check(settings.database_url))
+        asyncio.run(database.check(settings))
         announce(settings, postgres)
         supervise(settings, sockets, postgres)
 

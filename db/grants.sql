@@ -1,6 +1,5 @@
 -- wallet_app calls functions and touches no table; wallet_reader reads and changes nothing; PUBLIC has nothing.
--- Functions named *_fault and raise_wallet_not_found are internal: they run as part of the others, with the owner's
--- rights.
+-- Functions that are granted to nobody are internal: they run as part of the others, with the owner's rights.
 revoke all on schema wallet from public;
 revoke all on all tables in schema wallet from public;
 revoke all on all functions in schema wallet from public;
@@ -18,7 +17,12 @@ grant execute on function
   wallet.get_wallet(text),
   wallet.get_operation(text, uuid),
   wallet.list_operations(text, bigint, int),
+  wallet.contract_version(),
   wallet.verify()
 to wallet_app, wallet_reader;
 
 grant select on wallet.wallet, wallet.operation to wallet_reader;
+
+-- The ledger is append-only and a wallet with a history stays, for the owner too: whoever means it grants it to himself.
+revoke delete, truncate on wallet.wallet from wallet_owner;
+revoke update, delete, truncate on wallet.operation from wallet_owner;

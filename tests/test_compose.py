@@ -106,7 +106,7 @@ class TcpPostgres(Postgres):
     """An embedded server that listens on TCP too, on a port of its own."""
 
     def __init__(self, home: Path, port: int) -> None:
-        super().__init__(home, "listen_addresses=127.0.0.1", "fsync=off")
+        super().__init__(home, "listen_addresses=127.0.0.1")
         self.port = port
 
     def _command(self, name: str, folder: Path) -> tuple[list[str | Path], dict[str, Any]]:

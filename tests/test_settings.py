@@ -16,6 +16,8 @@ def test_the_readme_lists_every_setting_with_its_default() -> None:
     for name, default in defaults.items():
         if isinstance(default, float):
             default = f"{default:g}"
+        if isinstance(default, bool):
+            default = str(default).lower()
         if default is not None and not isinstance(default, Path):
             assert rows[name] == f"`{default}`"
 
@@ -33,6 +35,7 @@ def test_an_empty_variable_counts_as_absent() -> None:
         ("REQUEST_DEADLINE", "nan"),
         ("LOG_LEVEL", "LOUD"),
         ("LANES", "1.5"),
+        ("ALLOW_FSYNC_OFF", "maybe"),
     ],
 )
 def test_a_bad_value_is_named(name: str, value: str) -> None:

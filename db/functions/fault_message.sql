@@ -9,6 +9,8 @@ as $$
     when 'WA414' then 'Operation not found'
     when 'WA416' then 'Balance out of range'
     when 'WA419' then 'Wallet already exists'
+    when '55P03' then 'Wallet is locked by another transaction: not applied'
+    else case when p_sqlstate is not null then 'Refused by the database: not applied' end
   end
 $$;
 

@@ -1,5 +1,7 @@
 -- migrate:up
 
+set local search_path = pg_catalog, pg_temp;
+
 -- Roles belong to the cluster, not to this database, so another database may have made them already,
 -- or be making them at this moment.
 do $$
@@ -79,9 +81,25 @@ comment on column wallet.operation.created_at is 'When the operation was applied
 
 reset role;
 
+reset search_path;
+
 -- migrate:down
 
+set local search_path = pg_catalog, pg_temp;
+
 set local role wallet_owner;
+
+-- In this order, in which everybody takes them.
+lock table wallet.wallet in access exclusive mode;
+lock table wallet.operation in access exclusive mode;
+
+do $$
+begin
+  if exists (select from wallet.operation) then
+    raise exception 'refused: this would destroy the ledger, and with it all money; nothing was changed';
+  end if;
+end
+$$;
 
 drop table wallet.operation;
 drop table wallet.wallet;
@@ -89,3 +107,5 @@ drop table wallet.wallet;
 reset role;
 
 drop schema wallet;
+
+reset search_path;

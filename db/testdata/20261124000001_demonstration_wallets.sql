@@ -22,6 +22,8 @@ set local role wallet_owner;
 -- ends before its wallet is deleted. Nor can a wallet be created before the numbers start again behind the highest id.
 lock table wallet.wallet in exclusive mode;
 
+grant delete on wallet.wallet, wallet.operation to wallet_owner; -- grants.sql has taken it away
+
 delete from wallet.operation
 where wallet_uuid in ('1111111111', '2222222222', '3333333333', '4444444444', '5555555555');
 
@@ -30,6 +32,8 @@ where uuid in ('1111111111', '2222222222', '3333333333', '4444444444', '55555555
 
 select setval(pg_get_serial_sequence('wallet.wallet', 'id'), coalesce(max(id), 0) + 1, false)
 from wallet.wallet;
+
+revoke delete on wallet.wallet, wallet.operation from wallet_owner;
 
 reset role;
 reset search_path;

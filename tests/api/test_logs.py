@@ -266,7 +266,7 @@ def test_a_read_that_fails_is_told_with_its_sqlstate_its_code_and_its_request(
     lines = service.lines()
     assert {line["request_id"] for line in lines} == {"mine"}
     assert {line["sqlstate"] for line in lines if "sqlstate" in line} == {"42501"}
-    assert {line["code"] for line in lines if "code" in line} == {"unavailable"}
+    assert {line["code"] for line in lines if "code" in line} == {"database_refused"}
 
 
 def test_a_write_that_fails_is_told_with_its_sqlstate(start: Start, superuser: psycopg.Connection) -> None:
@@ -279,7 +279,7 @@ def test_a_write_that_fails_is_told_with_its_sqlstate(start: Start, superuser: p
 
     lines = service.lines()
     assert {line["sqlstate"] for line in lines if "sqlstate" in line} == {"42501"}
-    assert [line["request_id"] for line in lines if line.get("code") == "unavailable"] == ["mine"]
+    assert [line["request_id"] for line in lines if line.get("code") == "database_refused"] == ["mine"]
     assert {line.get("request_id") for line in lines if "sqlstate" in line} == {None}
 
 

@@ -145,7 +145,7 @@ def test_every_route_is_described_and_every_description_has_its_route() -> None:
 def test_every_code_that_the_service_answers_with_is_listed() -> None:
     """Problems are made from the two tables in app/problems.py, or by Problem(status, code, …) and the like."""
     sources = "".join(file.read_text() for file in Path(problems.__file__).parent.glob("*.py"))
-    codes = {code for _, code in problems.REFUSALS.values()}
+    codes = {code for _, code in (*problems.REFUSALS.values(), problems.DATABASE_REFUSED)}
     codes |= set(re.findall(r'Problem\(\s*\d{3}, "(\w+)"', sources))
     codes |= set(re.findall(r'^    \d{3}: "(\w+)",$', sources, re.MULTILINE))
     codes |= set(re.findall(r'_HTTP_CODES\.get\([^)]*"(\w+)"\)', sources))

@@ -32,7 +32,9 @@ FIVE = {1: "1111111111", 2: "2222222222", 3: "3333333333", 4: "4444444444", 5: "
 class Service:
     """A started `python -m app`, its embedded database and its REST door."""
 
-    def __init__(self, home: Path, log: Path, user: int | None = None, **environment: str) -> None:
+    def __init__(
+        self, home: Path, log: Path, user: int | None = None, checkout: Path = CHECKOUT, **environment: str
+    ) -> None:
         self.home = home
         self.port = free_port()
         identity: dict[str, Any] = {} if user is None else {"user": user, "group": user, "extra_groups": []}
@@ -40,7 +42,7 @@ class Service:
         with log.open("w") as output:
             self.process = subprocess.Popen(
                 COMMAND,
-                cwd=CHECKOUT,
+                cwd=checkout,
                 env=environment_with(WALLET_DATA_DIR=str(home), PORT=str(self.port), **environment),
                 stdout=output,
                 stderr=output,
@@ -108,7 +110,9 @@ def free_port() -> int:
 
 
 def environment_with(**settings: str) -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if name not in SETTINGS} | settings
+    """Return the environment of a service; the tests' own server does not flush."""
+    kept = {name: value for name, value in os.environ.items() if name not in SETTINGS}
+    return {**kept, "ALLOW_FSYNC_OFF": "true", **settings}
 
 
 def wait_until(come_true: Callable[[], Any], seconds: float = 30) -> None:

@@ -310,11 +310,17 @@ async def test_a_service_without_its_database_lives_but_is_not_ready(aiohttp_cli
     assert int(answer.headers["Retry-After"]) > 0
 
 
-async def test_a_service_is_not_ready_before_its_database_is_migrated(
+async def test_a_service_is_ready_on_a_database_that_is_as_new_as_it_needs(
     client: TestClient, superuser: psycopg.Connection
 ) -> None:
-    superuser.execute("drop function wallet.list_operations")
+    newer = "create or replace function wallet.contract_version() returns int language sql as 'select 99'"
+    superuser.execute(newer)
+    assert (await client.get("/readyz")).status == 200
 
+    superuser.execute(newer.replace("99", "1"))
+    await problem(await client.get("/readyz"), 503, "not_migrated")
+
+    superuser.execute("drop function wallet.contract_version")
     await problem(await client.get("/readyz"), 503, "not_migrated")
 
 

@@ -45,6 +45,7 @@ SIGNATURES = {
     "list_operations": "text, bigint, int",
     "verify": "",
     "raise_too_late": "",
+    "contract_version": "",
 }
 """The public functions: name and argument types."""
 

@@ -1,6 +1,7 @@
 """What `dbmate` makes of an empty database, and what it leaves when it takes it back."""
 
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -22,6 +23,9 @@ from tests.db.door import apply, balances, call, create
 DBMATE = Path(sys.executable).parent / "dbmate"
 FUNCTIONS = sorted((CHECKOUT / "db" / "functions").glob("*.sql"))
 MIGRATIONS = sorted((CHECKOUT / "db" / "migrations").glob("*.sql"))
+TESTDATA = sorted((CHECKOUT / "db" / "testdata").glob("*.sql"))
+RELEASED = sorted((CHECKOUT / "tests" / "db" / "released").glob("*.sql"))
+"""Dumps, each named after the commit that left such a database."""
 DEMONSTRATION = {digit * 10: 1500 for digit in "12345"}
 
 FORMS = {
@@ -101,6 +105,11 @@ def empty_database(bare_server: Postgres) -> Iterator[Callable[[], str]]:
             admin.execute(f"drop role {role}")
 
 
+def as_superuser(url: str) -> str:
+    """Return the URI of a deployer's database for the superuser."""
+    return url.replace("deployer@", "postgres@")
+
+
 @pytest.fixture
 def deployed(superuser: psycopg.Connection) -> str:
     """The URI of this test's migrated database for the superuser who migrated it."""
@@ -164,9 +173,55 @@ def test_there_is_one_function_for_each_file(superuser: psycopg.Connection) -> N
     assert [name for (name,) in names] == [path.stem for path in FUNCTIONS]
 
 
-def test_the_committed_migration_is_the_generated_one() -> None:
-    generated = runpy.run_path(str(CHECKOUT / "db" / "generate.py"))
-    assert generated["MIGRATION"].read_text() == generated["migration"]()
+def test_the_migrations_lead_to_the_files_and_the_newest_is_the_generated_one() -> None:
+    generate = runpy.run_path(str(CHECKOUT / "db" / "generate.py"))
+    migrated, migration = generate["migrated"], generate["migration"]
+    assert migrated(MIGRATIONS) == generate["files"]()
+    for number, path in enumerate(MIGRATIONS[3:], 3):
+        assert path.read_text() == migration(migrated(MIGRATIONS[:number]), migrated(MIGRATIONS[: number + 1]))
+
+
+@pytest.mark.parametrize("path", [*MIGRATIONS, *TESTDATA], ids=lambda path: path.stem)
+def test_every_section_runs_with_a_search_path_of_its_own(path: Path) -> None:
+    up, down = path.read_text().split("-- migrate:down\n")
+    for section in (up.removeprefix("-- migrate:up\n"), down):
+        lines = [line for line in section.splitlines() if line]
+        assert lines[0] == "set local search_path = pg_catalog, pg_temp;"
+        assert lines[-1] == "reset search_path;"
+
+
+def test_a_function_that_somebody_put_on_the_path_is_not_run(empty_database: Callable[[], str]) -> None:
+    """Before PostgreSQL 15, and in databases upgraded from there, everybody may create in schema public."""
+    url = empty_database()
+    with psycopg.connect(url, autocommit=True) as connection:
+        for function in ("format(text, text)", "to_regprocedure(text)", "pg_has_role(name, text, text)"):
+            name, _, types = function.partition("(")
+            connection.execute(
+                f"""
+                create function public.{name}({types} returns text language plpgsql as
+                  $$ begin raise exception 'public.{name} was run'; end $$""".encode()
+            )
+        for form in ("migrate", "testdata migrate", "testdata rollback"):
+            dbmate(url, form)
+        for _ in MIGRATIONS:
+            dbmate(url, "rollback")
+
+
+def test_a_rollback_never_destroys_money(empty_database: Callable[[], str]) -> None:
+    url = empty_database()
+    with psycopg.connect(url, autocommit=True) as connection:
+        dbmate(url, "migrate")
+        dbmate(url, "testdata migrate")
+        before = connection.execute("select * from wallet.operation order by wallet_uuid").fetchall()
+        for _ in MIGRATIONS[1:]:
+            dbmate(url, "rollback")
+        with pytest.raises(subprocess.CalledProcessError) as refused:
+            dbmate(url, "rollback")
+        assert "would destroy the ledger" in refused.value.stderr.decode()
+        assert connection.execute("select * from wallet.operation order by wallet_uuid").fetchall() == before
+
+        dbmate(url, "migrate")
+        assert balances(connection, DEMONSTRATION) == DEMONSTRATION
 
 
 def test_rolling_back_leaves_only_the_roles_and_migrating_again_works(empty_database: Callable[[], str]) -> None:
@@ -196,6 +251,83 @@ def test_rolling_back_leaves_only_the_roles_and_migrating_again_works(empty_data
 
         dbmate(url, "migrate")
         assert catalogue(connection) == migrated
+
+
+# Released states
+
+
+@pytest.fixture(params=RELEASED, ids=lambda path: path.stem)
+def released(request: pytest.FixtureRequest, bare_server: Postgres, empty_database: Callable[[], str]) -> str:
+    """The URI, for a superuser, of a database as a released commit left it, with money in it."""
+    url = as_superuser(empty_database())
+    with psycopg.connect(url, autocommit=True) as connection:
+        for role in ("wallet_owner", "wallet_app", "wallet_reader"):
+            connection.execute(f"create role {role}".encode())
+    restore = [bare_server.binaries / "psql", "-qX", "-v", "ON_ERROR_STOP=1", "-f", request.param, url]
+    subprocess.run(restore, check=True, capture_output=True)
+    return url
+
+
+MONEY = {
+    "wallets": "select uuid, id, balance, seq, created_at from wallet.wallet order by uuid",
+    "ledger": """
+        select wallet_uuid, seq, operation_uuid, operation_type, amount, balance_after, created_at from wallet.operation
+        order by 1, 2""",
+}
+
+
+def money(connection: psycopg.Connection) -> dict[str, list[Any]]:
+    """Return who has what, and why."""
+    return {name: connection.execute(query.encode()).fetchall() for name, query in MONEY.items()}
+
+
+def test_a_released_state_is_migrated_and_rolled_back_without_loss(
+    released: str, empty_database: Callable[[], str]
+) -> None:
+    with psycopg.connect(fresh := as_superuser(empty_database()), autocommit=True) as connection:
+        dbmate(fresh, "migrate")
+        wanted = catalogue(connection)
+    with psycopg.connect(released, autocommit=True) as connection:
+        was, held = catalogue(connection), money(connection)
+        applied = connection.execute("select count(*) from schema_migrations").fetchone()
+        assert applied is not None
+        assert held["ledger"]
+
+        dbmate(released, "migrate")
+        assert catalogue(connection) == wanted
+        assert money(connection) == held
+        assert call(connection, "verify") == []
+
+        for _ in MIGRATIONS[applied[0] :]:
+            dbmate(released, "rollback")
+        assert catalogue(connection) == was
+        assert money(connection) == held
+
+        dbmate(released, "migrate")
+        assert catalogue(connection) == wanted
+        savings = call(connection, "get_wallet", "savings")[0].balance
+        assert apply(connection, deposit("savings", A, 5)).balance_after == savings + 5
+
+
+def test_a_database_from_before_the_first_released_state_is_told_what_to_do(released: str) -> None:
+    with psycopg.connect(released, autocommit=True) as connection:
+        held = money(connection)
+        connection.execute("drop function wallet.raise_too_late")  # as commit ebf1f3b left it
+        with pytest.raises(subprocess.CalledProcessError) as refused:
+            dbmate(released, "migrate")
+        assert "before commit b046021" in refused.value.stderr.decode()
+        assert "db/README.md" in refused.value.stderr.decode()
+        assert money(connection) == held
+
+        [command] = re.findall(r"^(sed .*)$", (CHECKOUT / "db" / "README.md").read_text(), re.MULTILINE)
+        environment = {**os.environ, "DATABASE_URL": released, "PATH": f"{BINARIES}:{os.environ['PATH']}"}
+        subprocess.run(["bash", "-euo", "pipefail", "-c", command], cwd=CHECKOUT, env=environment, check=True)
+        dbmate(released, "migrate")
+        assert money(connection) == held
+        assert call(connection, "verify") == []
+
+
+# Migrating
 
 
 def test_a_failed_migration_leaves_nothing(empty_database: Callable[[], str]) -> None:

@@ -19,11 +19,13 @@ INTERNAL = [
     "select wallet.funds_fault('DEPOSIT', 1, 1)",
     "select wallet.fault_message('WA404')",
     "select wallet.raise_wallet_not_found('w')",
+    "select wallet.wait_for_wallet('w', '1s')",
 ]
 READING = [
     "select wallet.get_wallet('w')",
     "select wallet.get_operation('w', 'aaaaaaaa-0000-4000-8000-000000000000')",
     "select wallet.list_operations('w')",
+    "select wallet.contract_version()",
     "select wallet.verify()",
 ]
 WRITING = [
@@ -227,6 +229,27 @@ def test_nobody_but_the_owner_may_change_a_table(superuser: psycopg.Connection) 
         from pg_class as c, aclexplode(c.relacl) as a
         where c.relnamespace = 'wallet'::regnamespace and a.grantee <> c.relowner order by 1, 2, 3""").fetchall()
     assert privileges == [("operation", "wallet_reader", "SELECT"), ("wallet", "wallet_reader", "SELECT")]
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "delete from wallet.wallet",
+        "truncate wallet.wallet",
+        "update wallet.operation set amount = 1",
+        "delete from wallet.operation",
+        "truncate wallet.operation",
+    ],
+)
+def test_the_owner_neither_deletes_a_wallet_nor_changes_the_ledger_by_mistake(
+    statement: str, superuser: psycopg.Connection, service: psycopg.Connection
+) -> None:
+    with superuser.transaction():
+        superuser.execute("set local role wallet_owner")
+        with pytest.raises(psycopg.errors.InsufficientPrivilege), superuser.transaction():
+            superuser.execute(statement.encode())
+    assert balances(service, ["w"]) == {"w": 100}
+    apply(service, deposit("w", B, 5))
 
 
 def test_no_role_may_change_the_ledger_however_it_came_by_it(superuser: psycopg.Connection) -> None:

@@ -3,13 +3,14 @@
 import asyncio
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import asyncpg
 
-from app import lanes
+from app import database, lanes, line
 from app.__main__ import main
 from app.database import connect
-from app.lanes import Outcome, Request
+from app.line import Line, Outcome, Request
 from app.problems import NO_SUCCESS
 from app.settings import Settings
 
@@ -17,7 +18,7 @@ COMMIT_DELAY = 0.05
 """Seconds between an answer that comes too early and its commit."""
 
 
-class EarlyLine(lanes.Line):
+class EarlyLine(Line):
     """A line that gives the outcomes of a call before it commits them."""
 
     def __init__(self, settings: Settings) -> None:
@@ -60,9 +61,23 @@ def answers_early() -> None:
 
 def forgets_its_calls() -> None:
     """Make a lost call again without recognising what it had applied itself."""
-    lanes._recognise = lambda requests, outcomes: outcomes
+    line._recognise = lambda requests, outcomes, own: outcomes
+
+
+def trusts_the_settings() -> None:
+    """Take synchronous_commit as the role or the database has set it."""
+
+    async def connect_only(url: str, _deadline: float, name: str = "wallet", *, lock_timeout: float = 0) -> Any:
+        settings = {"application_name": name, "lock_timeout": str(round(lock_timeout * 1000))}
+        return await asyncpg.connect(url, server_settings=settings)
+
+    database.connect = line.connect = connect_only  # type: ignore[assignment]
 
 
 if __name__ == "__main__":
-    {"answers_early": answers_early, "forgets_its_calls": forgets_its_calls}[sys.argv[1]]()
+    {
+        "answers_early": answers_early,
+        "forgets_its_calls": forgets_its_calls,
+        "trusts_the_settings": trusts_the_settings,
+    }[sys.argv[1]]()
     sys.exit(main([]))

@@ -13,7 +13,7 @@ import asyncpg
 import msgspec
 
 from app.problems import NO_SUCCESS
-from tests.proof.history import APPLIED, DUPLICATE, UNKNOWN, Attempt, History, Operation, Read
+from tests.proof.history import APPLIED, DUPLICATE, NOT_APPLIED, UNKNOWN, Attempt, History, Operation, Read
 
 CLIENTS = 64
 READERS = 4
@@ -168,6 +168,8 @@ class Load:
         attempt = self._write_down(connection, operation)
         answer = await self._answer(connection, f"/api/v1/wallets/{operation.wallet}/operation", _body(operation))
         self._note_end(answer, attempt)
+        if answer is not None and answer.status == 503 and answer.body["code"] in NOT_APPLIED:
+            attempt.outcome = answer.body["code"]
         if answer is None or answer.status >= 500:
             return
         if answer.status == 200:
@@ -183,6 +185,8 @@ class Load:
     async def ask_for_many(self, connection: Connection, operations: list[Operation]) -> None:
         """Make one attempt at each of some operations in a bulk request. No uuid stands in it twice."""
         attempts = [self._write_down(connection, operation) for operation in operations]
+        for attempt in attempts:
+            attempt.in_bulk = True
         body = [{"wallet_uuid": operation.wallet, **_body(operation)} for operation in operations]
         answer = await self._answer(connection, "/api/v1/operations", {"operations": body})
         ended = self._note_end(answer, *attempts)

@@ -7,7 +7,8 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -20,8 +21,8 @@ import uvloop
 from app.embedded import Postgres, connection_url
 from app.migrations import LOGIN, dbmate
 from app.settings import CHECKOUT
-from tests.proof.clients import Load
-from tests.proof.history import UNKNOWN, History, findings
+from tests.proof.clients import WALLETS, Load
+from tests.proof.history import LOCKED, NOT_APPLIED, REFUSED, UNKNOWN, History, findings
 from tests.proof.section import Account, Scale
 from tests.proof.stand import STAND, Stand, server, stand
 from tests.proxy import Point
@@ -31,6 +32,10 @@ LOG_LINES = 1000
 """Lines that the service may log about one fault, on the average."""
 RECOVERY = 1.0
 """Seconds that the service has, from the database's first direct write on, until its first 200 after a long outage."""
+
+
+FELLOW = 0.5
+"""Seconds that the slowest 1 % of requests may take because of a wallet that is none of theirs."""
 
 
 class Outage(Enum):
@@ -218,6 +223,85 @@ async def database_is_read_only(trial: Trial) -> None:
     await trial.recovers_in_time(over)
 
 
+@contextlib.asynccontextmanager
+async def others_go_on(trial: Trial, wallet: str, may_be: set[str]) -> AsyncIterator[None]:
+    """See that what is wrong with one wallet is answered to its own requests, and costs the others half a second."""
+    began = time.monotonic()
+    yield
+    over = time.monotonic()
+    attempts = [
+        (operation.wallet, attempt)
+        for operation in trial.load.history.operations.values()
+        for attempt in operation.attempts
+        if began < attempt.sent and attempt.ended < over
+    ]
+    told = Counter(one.outcome for name, one in attempts if name == wallet)
+    trial.account.counts[f"told {' or '.join(sorted(may_be))}"] += sum(told[outcome] for outcome in may_be)
+    for outcome in told.keys() & {UNKNOWN, *NOT_APPLIED} - may_be:
+        trial.account.findings.append(f"the wallet's own requests were answered {outcome}")
+    innocent = [one for name, one in attempts if name != wallet]
+    for outcome, times in Counter(one.outcome for one in innocent).items():
+        if outcome in (UNKNOWN, *NOT_APPLIED):
+            trial.account.findings.append(f"{times} requests for other wallets were answered {outcome}")
+    seconds = sorted(one.ended - one.sent for one in innocent if not one.in_bulk)
+    p99 = seconds[len(seconds) * 99 // 100] if seconds else float("inf")
+    slowest = trial.account.figures.get("worst p99 of the others ms", 0)
+    trial.account.figures["worst p99 of the others ms"] = max(slowest, round(p99 * 1000, 1))
+    if p99 > FELLOW:
+        trial.account.findings.append(f"p99 of the others was {p99:.2f} s")
+
+
+async def wallet_is_locked(trial: Trial) -> None:
+    """Somebody leaves a transaction open that has changed a wallet, for longer than a deadline, and takes it back."""
+    await trial.some_progress()
+    wallet = trial.random.choice(WALLETS[1:])
+    somebody = await asyncpg.connect(trial.stand.database)
+    try:
+        open_for_long = somebody.transaction()
+        await open_for_long.start()
+        change = "select wallet.apply_operation($1, gen_random_uuid(), 'DEPOSIT', 1)"
+        await somebody.fetch(change, wallet)
+        async with others_go_on(trial, wallet, {LOCKED}):
+            await asyncio.sleep(trial.random.uniform(2, 4))  # the fault itself
+        await open_for_long.rollback()
+    finally:
+        somebody.terminate()
+    await trial.some_progress()
+
+
+async def database_refuses_a_wallet(trial: Trial) -> None:
+    """A trigger of the operator's raises for one wallet, at once or at the commit."""
+    await trial.some_progress()
+    wallet = trial.random.choice(WALLETS[1:])
+    await trial.stand.script("""
+        create or replace function public.refuse() returns trigger language plpgsql as
+          $$ begin raise exception 'nothing for %', new.wallet_uuid; end $$""")
+    kind, when = trial.random.choice((("trigger", ""), ("constraint trigger", "deferrable initially deferred")))
+    await trial.stand.script(f"""
+        create {kind} refuse after insert on wallet.operation {when}
+        for each row when (new.wallet_uuid = '{wallet}') execute function public.refuse()""")
+    async with others_go_on(trial, wallet, {REFUSED}):
+        await trial.load.progress(1000)
+    await trial.stand.script("drop trigger refuse on wallet.operation")
+    await trial.some_progress()
+
+
+async def sessions_are_poisoned(trial: Trial) -> None:
+    """Every new session is read-only for a while, and stays so: only sessions made afterwards may write."""
+    await trial.some_progress()
+    await trial.stand.sql(f"alter database {STAND} set default_transaction_read_only = on")
+    service = f"pg_stat_activity where usename = '{LOGIN}' and application_name like 'wallet%'"
+    try:
+        await trial.stand.sql(f"select pg_terminate_backend(pid) from {service}")
+        await trial.some_unavailable()
+    finally:
+        over = time.monotonic()
+        await trial.stand.script(
+            f"set transaction read write; alter database {STAND} reset default_transaction_read_only"
+        )
+    await trial.recovers_in_time(over)
+
+
 async def functions_are_replaced(trial: Trial) -> None:
     """Every function anew, and dbmate twice at once: on this database, which is migrated, and on an empty one."""
     await trial.some_progress()
@@ -296,6 +380,9 @@ FAULTS = {
     "disk-full": Fault(disk_is_full, 20, 1, Outage.LONGER, settings=QUICK, server=small_disk),
     "connections-exhausted": Fault(connections_are_exhausted, 6, 1, Outage.LONGER, settings=QUICK),
     "read-only": Fault(database_is_read_only, 6, 1, Outage.LONGER, settings=QUICK),
+    "wallet-locked": Fault(wallet_is_locked, 20, 2, Outage.LONGER, settings=QUICK),
+    "wallet-refused": Fault(database_refuses_a_wallet, 20, 2, Outage.LONGER, settings=QUICK),
+    "sessions-poisoned": Fault(sessions_are_poisoned, 20, 2, Outage.LONGER, settings=QUICK),
     "functions-replaced": Fault(functions_are_replaced, 50, 3, Outage.SHORTER),
 }
 

@@ -20,8 +20,12 @@ DUPLICATE = "duplicate"
 UNKNOWN = "unknown"
 OVERLOADED = "overloaded"
 """A 429: this attempt was not applied. It says nothing about the attempts before it."""
+LOCKED = "wallet_locked"
+REFUSED = "database_refused"
+NOT_APPLIED = {OVERLOADED, LOCKED, REFUSED}
+"""As said of a 429: of these three one is as good as the others."""
 NO_MONEY = "insufficient_funds"
-ANSWERS = {APPLIED, DUPLICATE, UNKNOWN, OVERLOADED, NO_MONEY}
+ANSWERS = {APPLIED, DUPLICATE, UNKNOWN, NO_MONEY, *NOT_APPLIED}
 """What may come of an attempt; a refusal goes by its code."""
 
 SHOWN = 3
@@ -36,6 +40,7 @@ class Attempt:
     ended: float = float("inf")
     outcome: str = UNKNOWN
     first_on_connection: bool = False
+    in_bulk: bool = False
     lingers: float = 0.0
     """Seconds after its end in which an unknown one can still be applied. After a 503 there are none."""
 
@@ -65,7 +70,7 @@ class Operation:
         """Tell whether it may have been applied and may not: none was decided after the unknown ones were final."""
         if self.acknowledged is not None or self.unknown_until is None:
             return False
-        decided = max((one.sent for one in self.attempts if one.outcome not in (UNKNOWN, OVERLOADED)), default=-1.0)
+        decided = max((one.sent for one in self.attempts if one.outcome not in (UNKNOWN, *NOT_APPLIED)), default=-1.0)
         return self.unknown_until > decided
 
 

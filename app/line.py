@@ -1,0 +1,297 @@
+"""A line: one connection to wallet.apply_operations that survives whatever happens to the connection."""
+
+import asyncio
+import contextlib
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from typing import Any, NamedTuple
+from uuid import UUID
+
+import asyncpg
+
+from app.database import CREATED_AT, FIRST_ATTEMPT, connect, is_passing, nothing_changed, pauses, session_survives
+from app.messages import Operation
+from app.metrics import BATCH_SIZE, CALLS_IN_FLIGHT, OPERATIONS, RESENDS
+from app.problems import LOCKED, NO_ANSWER, NO_SUCCESS, REFUSED, Refusal, code_of
+from app.settings import Settings
+
+LOCK_TIMEOUT = 0.2
+"""Seconds that a call waits for wallets that others have locked, at most."""
+LOCK_SHARE = 0.05
+"""The part of a deadline that this takes, at most."""
+CLOCK_AGE = 5.0
+"""Seconds after which the database's clock is read again."""
+LEAD = 0.05
+"""The part of a deadline by which a call is given up before it: room for clock skew."""
+
+_IN_TIME = "case when clock_timestamp() < $5 then true else wallet.raise_too_late() end"
+"""$5 is the call's last moment by the database's clock. A filter of a function's rows is evaluated when it has run."""
+
+_APPLY = f"""
+select
+  sqlstate, message, balance_after, seq,
+  case when sqlstate is not null then operation_type end,
+  case when sqlstate is not null then amount end,
+  case when sqlstate is not null then {CREATED_AT} end
+from wallet.apply_operations($1::text::text[], $2, $3::text::text[], $4)
+where {_IN_TIME}
+"""
+
+_APPLY_ONE = f"""
+select null, null, balance_after, seq, null, null, null
+from wallet.apply_operation($1, $2, $3, $4)
+where {_IN_TIME}
+"""
+
+_log = logging.getLogger("wallet")
+
+
+class Request(NamedTuple):
+    """One operation to apply. `amount` is in minor units."""
+
+    wallet_uuid: str
+    operation_uuid: UUID
+    operation_type: str
+    amount: int
+
+
+class Outcome(NamedTuple):
+    """What came of a request: a row of wallet.apply_operations.
+
+    `sqlstate` and `message` are None for an applied one. A duplicate carries the recorded operation if it belongs to
+    the same wallet; otherwise the rest is None.
+    """
+
+    sqlstate: str | None
+    message: str | None
+    balance_after: int
+    seq: int
+    operation_type: str
+    amount: int
+    created_at: str | None
+
+    def is_repeat_of(self, request: Request) -> bool:
+        """Tell whether this is a duplicate whose record is the very same request."""
+        same = (self.operation_type, self.amount) == (request.operation_type, request.amount)
+        return self.sqlstate == "WA409" and same
+
+    def recorded(self, request: Request) -> Operation | None:
+        """Return the operation on record for a duplicate of the same wallet."""
+        if self.seq is None or self.created_at is None:
+            return None
+        return Operation(
+            request.operation_uuid,
+            request.wallet_uuid,
+            str(self.operation_type),
+            int(self.amount or 0),
+            int(self.balance_after or 0),
+            self.seq,
+            self.created_at,
+        )
+
+
+class Line:
+    """A connection to wallet.apply_operations that survives whatever happens to the connection.
+
+    One call at a time. A call whose outcome was lost is made again, once its backend is gone: otherwise a refusal could
+    be answered now and the old call still apply the operation later. What the lost call had committed comes back as a
+    duplicate of the very same request, and is the success that it is.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        assert settings.database_url is not None
+        self._url = settings.database_url
+        self._deadline = settings.request_deadline
+        self._connection: Any = None
+        self._backend: asyncpg.Record | None = None
+        self._abandoned: asyncpg.Record | None = None
+        self._abandoned_until = 0.0
+        self._lost = False
+        self._clock: datetime | None = None
+        self._clock_read = 0.0
+
+    async def apply(self, requests: Sequence[Request], last: float, *, again: bool = False) -> list[Outcome]:
+        """Apply requests in one call and return their outcomes, in order, once they are committed.
+
+        Tries until the database gives a definite answer. Raises TimeoutError at the last moment, on the loop's clock:
+        the outcome is then unknown, which may be found out a LEAD later. `again`: the requests were in a call that
+        was given up, just before.
+        """
+        if not again:
+            self._lost = False
+        BATCH_SIZE.observe(len(requests))
+        CALLS_IN_FLIGHT.inc()
+        try:
+            async with asyncio.timeout_at(last):
+                outcomes = await self._apply(requests, last, set())
+        except TimeoutError:
+            await self._end_abandoned()
+            raise
+        finally:
+            CALLS_IN_FLIGHT.dec()
+        count(requests, outcomes)
+        return outcomes
+
+    async def _apply(self, requests: Sequence[Request], last: float, own: set[UUID]) -> list[Outcome]:
+        """Make a call until it has an answer. What is refused as a whole is refused to some request of it: to which?
+
+        `own`: the operations that earlier parts of the same call have applied, if it is made in parts.
+        """
+        pause = pauses()
+        objection = None
+        now = asyncio.get_running_loop().time()
+        limit = now + FIRST_ATTEMPT * (last - now)
+        while True:
+            called = False
+            try:
+                async with asyncio.timeout_at(limit):
+                    clock = await self._prepare()
+                    called = True
+                    last_there = clock + timedelta(seconds=limit - self._clock_read)
+                    outcomes = await self._call(requests, limit, last_there)
+                return _recognise(requests, outcomes, own) if self._lost else outcomes
+            except (asyncpg.PostgresError, *NO_ANSWER) as error:
+                sqlstate = getattr(error, "sqlstate", None) or "22000"
+                told = f"SQLSTATE {sqlstate}: {error}" if nothing_changed(error) else type(error).__name__
+                _log.warning("a call failed and is made again: %s", told, extra={"sqlstate": sqlstate})
+                self._clock = None  # if it was too late, then by a clock that has been set: read it again
+                if called and not self._lost and not is_passing(error):
+                    if len(requests) > 1:
+                        half = len(requests) // 2
+                        first = await self._apply(requests[:half], last, own)
+                        own.update(
+                            r.operation_uuid for r, o in zip(requests, first, strict=False) if o.sqlstate is None
+                        )
+                        return [*first, *await self._apply(requests[half:], last, own)]
+                    if sqlstate == objection:
+                        return [refused(sqlstate)]
+                    objection = sqlstate
+            RESENDS.inc()
+            limit = last
+            await asyncio.sleep(next(pause))
+
+    async def open(self) -> None:
+        """Connect, if the database can be reached at once: a line that is there first has its place."""
+        with contextlib.suppress(*NO_SUCCESS):
+            async with asyncio.timeout(LEAD * self._deadline):
+                await self._prepare()
+
+    async def close(self) -> None:
+        """Close the connection."""
+        if self._connection is not None:
+            self._connection.terminate()
+            self._connection = None
+
+    async def _call(self, requests: Sequence[Request], last: float, last_there: datetime) -> list[Outcome]:
+        try:
+            if len(requests) == 1:  # the shorter way for a lone client
+                try:
+                    return [Outcome._make(await self._connection.fetchrow(_APPLY_ONE, *requests[0], last_there))]
+                except asyncpg.LockNotAvailableError:
+                    return [refused("55P03")]
+                except asyncpg.PostgresError as error:
+                    if not isinstance(error, Refusal) and is_passing(error):
+                        raise
+                    # the array function explains it
+            wallets, operations, types, amounts = zip(*requests, strict=True)
+            arguments = (_literal(wallets), operations, _literal(types), amounts)
+            return [Outcome._make(row) for row in await self._connection.fetch(_APPLY, *arguments, last_there)]
+        except BaseException as error:
+            if not session_survives(error):
+                if not nothing_changed(error):  # it ended, perhaps between the commit and the answer
+                    self._lost = True
+                    self._abandoned = self._backend
+                    self._abandoned_until = last + LEAD * self._deadline
+                await self.close()
+            raise
+
+    async def _prepare(self) -> datetime:
+        """Have a connection and no abandoned backend; return the time by the database's clock at `_clock_read`.
+
+        A backend that cannot be ended is waited for until its call is too late by any clock.
+        """
+        loop = asyncio.get_running_loop()
+        try:
+            if self._connection is None or self._connection.is_closed():
+                self._clock = None
+                lock_timeout = min(LOCK_TIMEOUT, LOCK_SHARE * self._deadline)
+                self._connection = await connect(self._url, self._deadline, "wallet lane", lock_timeout=lock_timeout)
+                self._connection.add_log_listener(_log_warning)
+                self._backend = await self._connection.fetchrow(
+                    "select pid, backend_start from pg_stat_activity where pid = pg_backend_pid()"
+                )
+            while self._abandoned is not None:
+                alive = await self._connection.fetchval(
+                    "select count(pg_terminate_backend(pid)) from pg_stat_activity"
+                    " where pid = $1 and backend_start = $2",
+                    *self._abandoned,
+                )
+                if alive and loop.time() < self._abandoned_until:
+                    await asyncio.sleep(0.01)
+                else:
+                    self._abandoned = None
+            if self._clock is None or loop.time() - self._clock_read > CLOCK_AGE:
+                clock: datetime = await self._connection.fetchval("select clock_timestamp()")
+                self._clock, self._clock_read = clock, loop.time()  # it was read earlier than this, if anything
+            return self._clock
+        except BaseException:
+            await self.close()
+            raise
+
+    async def _end_abandoned(self) -> None:
+        """End the backend of a call that was given up, so that it holds no locks, if the database answers at once."""
+        if self._abandoned is not None:
+            with contextlib.suppress(*NO_SUCCESS):
+                async with asyncio.timeout(LEAD * self._deadline):
+                    await self._prepare()
+
+
+def _log_warning(_connection: object, warning: asyncpg.PostgresLogMessage) -> None:
+    """Log why the database refused a request: wallet.apply_operations says it in a WARNING."""
+    if warning.severity_en == "WARNING":
+        extra = {"sqlstate": warning.sqlstate}
+        _log.warning("the database says: SQLSTATE %s: %s", warning.sqlstate, warning.message, extra=extra)
+
+
+def _literal(values: Sequence[str]) -> str:
+    """Return an array as PostgreSQL writes it (section 8.15.6 of its manual). Raises DataError for a zero byte.
+
+    asyncpg's own encoding looks at each element several times and takes several times as long.
+    """
+    joined = "\0".join(values)
+    if joined.count("\0") != len(values) - 1:
+        raise asyncpg.DataError("a text holds a zero byte")
+    escaped = joined.replace("\\", "\\\\").replace('"', '\\"')
+    return '{"' + escaped.replace("\0", '","') + '"}'
+
+
+def refused(sqlstate: str) -> Outcome:
+    """Return the outcome of a request that was not applied: its wallet is locked, or the database refused it."""
+    return Outcome._make((sqlstate, LOCKED if sqlstate == "55P03" else REFUSED, *[None] * 5))
+
+
+def count(requests: Sequence[Request], outcomes: Sequence[Outcome]) -> None:
+    """Count what was decided, by type and outcome."""
+    kinds = Counter(
+        (request.operation_type, outcome.sqlstate) for request, outcome in zip(requests, outcomes, strict=True)
+    )
+    for (operation_type, sqlstate), number in kinds.items():
+        OPERATIONS.labels(operation_type, "applied" if sqlstate is None else code_of(sqlstate)).inc(number)
+
+
+def _recognise(requests: Sequence[Request], outcomes: list[Outcome], own: set[UUID]) -> list[Outcome]:
+    """Turn the duplicates that an earlier, lost call of the same requests had applied into the successes that they are.
+
+    An operation that was sent twice within the call succeeds once; `own` are those that have succeeded already.
+    """
+    own = set(own)
+    recognised = []
+    for request, outcome in zip(requests, outcomes, strict=True):
+        if request.operation_uuid not in own and outcome.is_repeat_of(request):
+            outcome = outcome._replace(sqlstate=None, message=None)
+        if outcome.sqlstate is None:
+            own.add(request.operation_uuid)
+        recognised.append(outcome)
+    return recognised

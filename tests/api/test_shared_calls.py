@@ -1,0 +1,369 @@
+"""Requests share a call, not a fate: what goes wrong for one of them is answered to that one."""
+
+import asyncio
+import contextlib
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+from uuid import UUID, uuid4
+
+import psycopg
+import pytest
+from aiohttp import ClientResponse
+from aiohttp.test_utils import TestClient
+from pytest_aiohttp.plugin import AiohttpClient
+
+from app.application import make_app
+from app.lanes import SIDING
+from app.line import Line, Request
+from app.settings import Settings
+from tests.api.door import balance, create, deposit, history, path, problem, withdraw
+from tests.api.test_lanes import applied, in_one_call, locked, until, waiting_call
+from tests.conftest import url_of
+
+A = UUID("aaaaaaaa-0000-4000-8000-00000000000a")
+B = UUID("bbbbbbbb-0000-4000-8000-00000000000b")
+OTHERS = [f"other{number}" for number in range(20)]
+
+REFUSING = """
+create function public.refuse() returns trigger language plpgsql as
+  $$ begin raise exception 'nothing for %', new.wallet_uuid; end $$;
+"""
+TRIGGER = (
+    REFUSING
+    + """
+create trigger refuse before insert on wallet.operation
+  for each row when (new.wallet_uuid = 'w') execute function public.refuse()"""
+)
+DEFERRED = (
+    REFUSING
+    + """
+create constraint trigger refuse after insert on wallet.operation deferrable initially deferred
+  for each row when (new.wallet_uuid = 'w') execute function public.refuse()"""
+)
+CONSTRAINT = "alter table wallet.operation add constraint small check (wallet_uuid <> 'w' or amount < 100) not valid"
+OFF_BY_ONE = "update wallet.wallet set seq = seq - 1 where uuid = 'w'"
+RIGHT_AGAIN = "update wallet.wallet set seq = seq + 1 where uuid = 'w'"
+
+
+@pytest.fixture(autouse=True)
+def patience() -> None:
+    """Calls wait for locked wallets as long as they do in service, and no longer."""
+
+
+@pytest.fixture(autouse=True)
+def _right_books(superuser: psycopg.Connection) -> Iterator[None]:
+    yield
+    assert superuser.execute("select * from wallet.verify()").fetchall() == []
+
+
+@pytest.fixture
+async def client(database_url: str, aiohttp_client: AiohttpClient) -> TestClient:
+    """A client of an app with one lane. Wallet `w` holds 100."""
+    client = await aiohttp_client(make_app(Settings(database_url=database_url, lanes=1)))
+    await create(client, {"w": 100, "pilot": 0, **dict.fromkeys(OTHERS, 0)})
+    return client
+
+
+async def bulk(client: TestClient, *items: tuple[str, str, int, UUID]) -> ClientResponse:
+    """Ask for operations in one bulk request: wallet, type, amount, operation_uuid."""
+    names = ("wallet_uuid", "operation_type", "amount", "operation_uuid")
+    operations = [dict(zip(names, (*item[:3], str(item[3])), strict=True)) for item in items]
+    return await client.post("/api/v1/operations", json={"operations": operations})
+
+
+async def results(answer: ClientResponse) -> list[dict[str, Any]]:
+    assert answer.status == 200
+    return (await answer.json())["results"]
+
+
+class Crowd:
+    """Clients that ask again and again, the answers by status and code, and the time that the slowest 1 % took."""
+
+    def __init__(self, client: TestClient) -> None:
+        self.client = client
+        self.answers: Counter[tuple[int, str | None]] = Counter()
+        self.seconds: list[float] = []
+
+    async def one(self, wallet: str, door: str) -> None:
+        began = time.monotonic()
+        if door == "lane":
+            answer = await deposit(self.client, wallet, 1)
+            code = None if answer.status == 200 else (await answer.json())["code"]
+            self.answers[answer.status, code] += 1
+        else:
+            for result in await results(await bulk(self.client, (wallet, "DEPOSIT", 1, uuid4()))):
+                self.answers[200, result.get("code")] += 1
+        self.seconds.append(time.monotonic() - began)
+
+    @contextlib.asynccontextmanager
+    async def asking(self, wallets: list[str], door: str, clients: int) -> AsyncIterator[None]:
+        over = False
+
+        async def ask(number: int) -> None:
+            while not over:
+                await self.one(wallets[number % len(wallets)], door)
+                await asyncio.sleep(0.01)
+
+        tasks = [asyncio.create_task(ask(number)) for number in range(clients)]
+        yield
+        over = True
+        await asyncio.gather(*tasks)
+
+    @property
+    def p99(self) -> float:
+        return sorted(self.seconds)[int(len(self.seconds) * 0.99)]
+
+
+# A locked wallet
+
+
+@pytest.mark.parametrize("doors", [("lane", "lane"), ("bulk", "bulk"), ("lane", "bulk"), ("bulk", "lane")])
+async def test_a_locked_wallet_holds_up_nobody_else_whoever_asks_for_it(
+    doors: tuple[str, str], client: TestClient, superuser: psycopg.Connection
+) -> None:
+    the_locked, others = Crowd(client), Crowd(client)
+    async with others.asking(OTHERS, doors[1], 20), contextlib.AsyncExitStack() as stack:
+        with locked(superuser, "w"):
+            await stack.enter_async_context(the_locked.asking(["w"], doors[0], 10))
+            await asyncio.sleep(4)
+            assert the_locked.answers == Counter()
+
+    assert set(others.answers) == {(200, None)}
+    assert others.answers.total() > 1000
+    assert others.p99 < 0.5
+    assert set(the_locked.answers) == {(200, None)}
+    assert await balance(client, "w") == 100 + the_locked.answers.total()
+
+
+async def test_a_request_for_a_wallet_that_stays_locked_is_told_that_it_was_not_applied(
+    database_url: str, superuser: psycopg.Connection, aiohttp_client: AiohttpClient
+) -> None:
+    client = await aiohttp_client(make_app(Settings(database_url=database_url, lanes=1, request_deadline=1)))
+    await create(client, {"w": 100, "v": 0})
+
+    with locked(superuser, "w"):
+        began = time.monotonic()
+        *single, many = await asyncio.gather(
+            deposit(client, "w", 1),
+            withdraw(client, "w", 1000),
+            deposit(client, "w", 1, A),
+            bulk(client, ("v", "DEPOSIT", 1, uuid4()), ("w", "DEPOSIT", 2, B), ("nobody", "DEPOSIT", 1, uuid4())),
+        )
+        assert time.monotonic() - began < 1.5
+    for answer in single:
+        told = await problem(answer, 503, "wallet_locked")
+        assert told["detail"] == "Wallet is locked by another transaction: not applied"
+        assert int(answer.headers["Retry-After"]) > 0
+    assert [(result["applied"], result.get("code")) for result in await results(many)] == [
+        (True, None),
+        (False, "wallet_locked"),
+        (False, "wallet_not_found"),
+    ]
+
+    assert await balance(client, "w") == 100
+    assert (await deposit(client, "w", 1, A)).status == 200
+    [result] = await results(await bulk(client, ("w", "DEPOSIT", 2, B)))
+    assert result["applied"]
+    assert await balance(client, "w") == 103
+
+
+async def test_a_repeat_is_recognised_although_its_wallet_is_locked(
+    client: TestClient, superuser: psycopg.Connection
+) -> None:
+    assert (await deposit(client, "w", 5, A)).status == 200
+    with locked(superuser, "w"):
+        for _ in range(2):  # on its lane, and apart
+            assert (await problem(await deposit(client, "w", 5, A), 400, "duplicate_operation"))["same_request"]
+            [result] = await results(await bulk(client, ("w", "DEPOSIT", 5, A)))
+            assert result["code"] == "duplicate_operation"
+    assert await balance(client, "w") == 105
+
+
+async def test_a_wallet_that_was_locked_is_back_on_its_lane_once_it_is_free(
+    client: TestClient, superuser: psycopg.Connection
+) -> None:
+    siding = client.app[SIDING]
+    with locked(superuser, "w"):
+        asked = [asyncio.create_task(deposit(client, "w", 1)) for _ in range(300)]
+        await until(lambda: siding.wallets == {"w"})
+        await asyncio.sleep(0.5)
+    began = time.monotonic()
+    assert {answer.status for answer in await asyncio.gather(*asked)} == {200}
+    assert time.monotonic() - began < 2
+    assert siding.wallets == set()
+    assert await balance(client, "w") == 400
+
+
+async def test_many_locked_wallets_and_one_that_is_not_known_to_be_free_do_not_wait_for_each_other(
+    client: TestClient, superuser: psycopg.Connection
+) -> None:
+    with contextlib.ExitStack() as stack:
+        for wallet in OTHERS[1:]:
+            stack.enter_context(locked(superuser, wallet))
+        with locked(superuser, "w"):
+            asked = [asyncio.create_task(deposit(client, wallet, 1)) for wallet in ["w", *OTHERS[1:]]]
+            await until(lambda: len(client.app[SIDING].wallets) == 20)
+        async with asyncio.timeout(2):
+            assert (await asked[0]).status == 200
+    assert {answer.status for answer in await asyncio.gather(*asked)} == {200}
+
+
+async def test_an_operation_in_flight_elsewhere_holds_up_only_its_own_request(
+    client: TestClient, superuser: psycopg.Connection
+) -> None:
+    with psycopg.connect(url_of(superuser, "postgres")) as somebody:
+        somebody.execute("select wallet.apply_operation('w', %s, 'DEPOSIT', 7)", [A])
+        asked = asyncio.create_task(deposit(client, OTHERS[0], 7, A))
+        await waiting_call(superuser)
+        began = time.monotonic()
+        answers = await asyncio.gather(*(deposit(client, wallet, 1) for wallet in OTHERS[1:]))
+        assert time.monotonic() - began < 1
+        assert {answer.status for answer in answers} == {200}
+        assert not asked.done()
+    assert "operation" not in await problem(await asked, 400, "duplicate_operation")
+    assert await balance(client, OTHERS[0]) == 0
+
+
+async def test_a_full_siding_refuses_only_those_for_locked_wallets(
+    database_url: str, superuser: psycopg.Connection, aiohttp_client: AiohttpClient
+) -> None:
+    client = await aiohttp_client(make_app(Settings(database_url=database_url, lanes=1, lane_queue=5)))
+    await create(client, {"w": 0, "v": 0})
+    with locked(superuser, "w"):
+        asked = [asyncio.create_task(deposit(client, "w", 1))]
+        await until(lambda: client.app[SIDING].wallets)
+        asked += [asyncio.create_task(deposit(client, "w", 1)) for _ in range(20)]
+        await asyncio.wait(asked, timeout=1)
+        full = [task for task in asked if task.done()]
+        assert len(full) >= 10
+        for task in full:
+            await problem(await task, 503, "wallet_locked")
+        assert (await deposit(client, "v", 1)).status == 200
+    kept = [answer for answer in await asyncio.gather(*asked) if answer.status == 200]
+    assert await balance(client, "w") == len(kept)
+
+
+# What the database refuses
+
+
+@pytest.mark.parametrize(
+    ("script", "amount", "message"),
+    [
+        (TRIGGER, 1, "nothing for w"),
+        (DEFERRED, 1, "nothing for w"),
+        (CONSTRAINT, 100, 'new row for relation "operation" violates check constraint "small"'),
+        (OFF_BY_ONE, 1, 'duplicate key value violates unique constraint "operation_pkey"'),
+    ],
+    ids=["trigger", "deferred", "constraint", "seq"],
+)
+@pytest.mark.parametrize("door", ["lane", "alone", "bulk"])
+async def test_what_the_database_refuses_to_one_is_answered_to_that_one(
+    door: str,
+    script: str,
+    amount: int,
+    message: str,
+    client: TestClient,
+    superuser: psycopg.Connection,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    superuser.execute(script.encode())
+    began = time.monotonic()
+    if door == "bulk":
+        items = [(wallet, "DEPOSIT", 1, uuid4()) for wallet in OTHERS]
+        answer = await bulk(client, *items[:7], ("w", "DEPOSIT", amount, A), *items[7:])
+        refused = [result for result in await results(answer) if not result["applied"]]
+        assert [(result["operation_uuid"], result["code"]) for result in refused] == [(str(A), "database_refused")]
+        assert refused[0]["detail"] == "Refused by the database: not applied"
+    else:
+        culprit = deposit(client, "w", amount, A)
+        if door == "lane":
+            *answers, refusal = await in_one_call(
+                client, superuser, *(deposit(client, wallet, 1) for wallet in OTHERS), culprit
+            )
+            assert {answer.status for answer in answers} == {200}
+        else:
+            refusal = await culprit
+        told = await problem(refusal, 503, "database_refused")
+        assert told["detail"] == "Refused by the database: not applied"
+        assert int(refusal.headers["Retry-After"]) > 0
+    assert time.monotonic() - began < 1
+    assert any(
+        message in record.getMessage() and record.sqlstate for record in caplog.records if hasattr(record, "sqlstate")
+    )
+
+    if script == OFF_BY_ONE:
+        superuser.execute(RIGHT_AGAIN)
+    if door != "alone":
+        assert [await balance(client, wallet) for wallet in OTHERS] == [1] * 20
+    assert await balance(client, "w") == 100
+    assert applied(await history(client, "w"), A) == []
+
+
+async def test_a_refusal_of_the_database_hides_no_duplicate_of_the_others(
+    client: TestClient, superuser: psycopg.Connection
+) -> None:
+    superuser.execute(TRIGGER)
+    assert (await deposit(client, OTHERS[0], 1, A)).status == 200
+    answers = await in_one_call(
+        client,
+        superuser,
+        deposit(client, OTHERS[0], 1, A),
+        deposit(client, "w", 1),
+        deposit(client, OTHERS[1], 2, B),
+        deposit(client, OTHERS[1], 2, B),
+        withdraw(client, OTHERS[2], 1),
+    )
+    assert [answer.status for answer in answers][:2] == [400, 503]
+    assert sorted(answer.status for answer in answers[2:4]) == [200, 400]
+    for answer in answers:
+        if answer.status == 400 and answer is not answers[4]:
+            assert (await problem(answer, 400, "duplicate_operation"))["same_request"] is True
+    await problem(answers[4], 400, "insufficient_funds")
+
+
+@pytest.mark.parametrize("count", [1, 8])
+async def test_a_value_that_cannot_be_sent_is_refused_to_its_own_request(
+    count: int, client: TestClient, database_url: str
+) -> None:
+    line = Line(Settings(database_url=database_url))
+    requests = [Request(wallet, uuid4(), "DEPOSIT", 1) for wallet in OTHERS[:count]]
+    for spoilt in (
+        Request("w\0w", uuid4(), "DEPOSIT", 1),
+        Request("w", uuid4(), "DEP\0SIT", 1),
+        Request("w", uuid4(), "DEPOSIT", 2**63),
+    ):
+        requests[-1] = spoilt
+        outcomes = await line.apply(requests, asyncio.get_running_loop().time() + 5)
+        *good, bad = [outcome.sqlstate for outcome in outcomes]
+        assert good == [None] * (count - 1)
+        assert bad is not None
+        requests = [request._replace(operation_uuid=uuid4()) for request in requests]
+    await line.close()
+
+
+@pytest.mark.parametrize("moment", ["20241-11-25 10:00:00+00", "infinity", "0044-03-15 10:00:00+00 BC"])
+async def test_a_time_that_python_does_not_know_is_passed_on(
+    moment: str, client: TestClient, superuser: psycopg.Connection
+) -> None:
+    assert (await deposit(client, "w", 5, A)).status == 200
+    superuser.execute("update wallet.operation set created_at = %s where operation_uuid = %s", [moment, A])
+
+    answers = await in_one_call(client, superuser, deposit(client, "w", 5, A), deposit(client, OTHERS[0], 1))
+
+    assert (await problem(answers[0], 400, "duplicate_operation"))["same_request"] is True
+    assert answers[1].status == 200
+    assert (await deposit(client, OTHERS[1], 1)).status == 200
+    found = await (await client.get(path("w", f"/operations/{A}"))).json()
+    assert found == (await history(client, "w"))[-1]
+    assert found["created_at"].startswith(moment[:8].strip())
+
+
+async def test_a_wallet_that_the_database_refuses_is_refused_at_once(
+    client: TestClient, superuser: psycopg.Connection
+) -> None:
+    superuser.execute("alter table wallet.wallet add constraint no_x check (uuid <> 'x') not valid")
+    async with asyncio.timeout(2):
+        await problem(await client.post("/api/v1/wallets", json={"uuid": "x"}), 503, "database_refused")
+    assert (await client.post("/api/v1/wallets", json={"uuid": "y"})).status == 201
