@@ -53,6 +53,7 @@ def psql(configured: settings.Settings, arguments: list[str]) -> int:
     if configured.database_url is not None:
         program = shutil.which("psql") or str(embedded.BINARIES / "psql")
         return subprocess.call([program, "--dbname", configured.database_url, *arguments])
+    embedded.forget_server(os.environ)
     with contextlib.ExitStack() as stack:
         running = embedded.running_server(configured.wallet_data_dir)
         if running is None:

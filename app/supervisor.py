@@ -17,7 +17,7 @@ from prometheus_client.multiprocess import mark_process_dead
 
 from app import database, logs
 from app.application import make_app
-from app.embedded import Postgres, die_with_parent
+from app.embedded import Postgres, die_with_parent, forget_server
 from app.migrations import LOGIN, bring_up_to_date
 from app.settings import Settings, StartupError
 
@@ -67,7 +67,11 @@ def listen(settings: Settings) -> list[socket.socket]:
 
 
 def start_embedded(postgres: Postgres, settings: Settings) -> Settings:
-    """Start the embedded database, bring it up to date and return the settings that name it."""
+    """Start the embedded database, bring it up to date and return the settings that name it.
+
+    From here on this process and its children know of no other server: asyncpg reads the environment too.
+    """
+    forget_server(os.environ)
     postgres.start()
     asyncio.run(bring_up_to_date(postgres))
     return msgspec.structs.replace(settings, database_url=postgres.url(LOGIN))

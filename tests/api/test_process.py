@@ -21,7 +21,7 @@ from uuid import uuid4
 import psycopg
 import pytest
 
-from app.embedded import connection_url, running_server
+from app.embedded import LOG_LIMIT, Postgres, connection_url, running_server
 from app.settings import CHECKOUT
 
 COMMAND = [sys.executable, "-m", "app"]
@@ -384,6 +384,285 @@ def test_a_database_that_is_not_there_or_not_migrated(server: SimpleNamespace) -
     with psycopg.connect(connection_url(server.host, server.user, "postgres"), autocommit=True) as connection:
         connection.execute(f"create database {name}")
     assert "not migrated" in refuse(DATABASE_URL=url, PORT=str(free_port()))
+
+
+# What another user can write
+
+as_root = pytest.mark.skipif(os.getuid() != 0, reason="only root runs PostgreSQL as another user")
+NOBODY = pwd.getpwnam("nobody").pw_uid
+
+
+@pytest.fixture
+def home(start: Start, tmp_path: Path) -> Path:
+    """A data folder that has been used, and is not in use."""
+    service = start()
+    service.stop()
+    return service.home
+
+
+def pid_file(*lines: object) -> str:
+    """Return a postmaster.pid that looks right: pid, data folder, start time, port, socket folder …"""
+    rest = ["/proc/self/cwd", "1764000000", "5432", "/tmp/wallet-gone", "", "  1 1", "ready   "]
+    return "".join(f"{line}\n" for line in [*lines, *rest[len(lines) - 1 :]])
+
+
+@pytest.mark.parametrize(
+    "garbled",
+    ["", "\n", "x\n", "-1\n", "0\n", "1e3\n", "٣\n", f"{10**30}\n", "\0" * 5000, "\xff\xfe", pid_file("-1", "x")],
+    ids=repr,
+)
+def test_a_garbled_pid_file_is_one_line(home: Path, garbled: str) -> None:
+    (home / "postgres" / "postmaster.pid").write_bytes(garbled.encode("latin-1" if garbled == "\xff\xfe" else "utf-8"))
+    assert "postmaster.pid" in refuse(WALLET_DATA_DIR=str(home), PORT=str(free_port()))
+    ran = run("psql", "-c", "select 1", WALLET_DATA_DIR=str(home))
+    assert (ran.returncode, len(ran.stderr.splitlines())) == (1, 1)
+
+
+@pytest.mark.parametrize("kind", ["fifo", "folder", "link", "dangling_link"])
+def test_a_pid_file_that_is_no_file_is_one_line(home: Path, tmp_path: Path, kind: str) -> None:
+    file, target = home / "postgres" / "postmaster.pid", tmp_path / "target"
+    if kind == "fifo":
+        os.mkfifo(file)
+    elif kind == "folder":
+        file.mkdir()
+    else:
+        file.symlink_to(target)
+        if kind == "link":
+            target.write_text(pid_file(1))
+    assert "postmaster.pid" in refuse(WALLET_DATA_DIR=str(home), PORT=str(free_port()))
+    assert target.exists() == (kind == "link")
+
+
+def test_what_a_pid_file_names_is_neither_removed_nor_signalled(home: Path, start: Start, tmp_path: Path) -> None:
+    """A process in the data folder that is no PostgreSQL, and folders that look like those of a socket."""
+    bystander = subprocess.Popen(["sleep", "60"], cwd=home / "postgres")
+    try:
+        with (
+            tempfile.TemporaryDirectory(prefix="wallet-") as like_ours,
+            tempfile.TemporaryDirectory(prefix="wallet-") as victim,
+        ):
+            for folder in (like_ours, victim):
+                Path(folder, "kept").touch()
+            for pid in (bystander.pid, os.getpid(), 1):
+                for socket_folder in (victim, f"{like_ours}/../{Path(victim).name}", str(tmp_path)):
+                    (home / "postgres" / "postmaster.pid").write_text(
+                        pid_file(pid, "/proc/self/cwd", 1764000000, 5432, socket_folder)
+                    )
+                    assert running_server(home) is None
+                    service = start(home)
+                    assert service.balance("1111111111") == 1500
+                    service.stop()
+            assert Path(victim, "kept").exists()
+            assert Path(like_ours, "kept").exists()
+        assert bystander.poll() is None
+    finally:
+        bystander.kill()
+        bystander.wait()
+
+
+@as_root
+@pytest.mark.parametrize("name", ["lock", "postgres.log", "postgres.log.1", "postgres", "postgres.new"])
+@pytest.mark.parametrize("kind", ["link", "hard_link"])
+def test_what_another_user_links_into_his_folder_stays_as_it_is(tmp_path: Path, name: str, kind: str) -> None:
+    home, target = tmp_path / "data", tmp_path / "roots"
+    home.mkdir()
+    if name.startswith("postgres.log") or name == "lock" or kind == "hard_link":
+        target.write_text("root's")
+    else:
+        target.mkdir()
+        (target / "root's").touch(0o600)
+    if kind == "link":
+        (home / name).symlink_to(target)
+    else:
+        (home / name).hardlink_to(target)
+    os.chown(home, NOBODY, NOBODY)
+    before = everything(target)
+
+    ran = subprocess.run(
+        [*COMMAND, "psql", "-X", "-c", "select 1"],
+        cwd=CHECKOUT,
+        env=environment_with(WALLET_DATA_DIR=str(home)),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+    if ran.returncode:
+        (line,) = ran.stderr.splitlines()
+        assert str(home) in line
+    else:
+        assert name in ("postgres.log.1", "postgres.new")  # the one is not in use yet, the other was removed
+    assert everything(target) == before
+
+
+def everything(path: Path) -> list[object]:
+    """Return what can be told of a file or a folder and what is in it."""
+    found = path.stat()
+    content: object = path.read_bytes() if path.is_file() else [everything(each) for each in sorted(path.iterdir())]
+    return [path, found.st_uid, found.st_gid, found.st_mode, content]
+
+
+@as_root
+def test_a_copy_of_roots_is_handed_over_but_nothing_that_it_only_names(
+    home: Path, start: Start, tmp_path: Path
+) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "file").touch()
+    cluster = home / "postgres"
+    for path in (cluster, *cluster.rglob("*")):
+        os.chown(path, 0, 0)
+    (cluster / "link").symlink_to(outside)
+    before = everything(outside)
+    start(home).stop()
+    assert everything(outside) == before
+    assert cluster.stat().st_uid == NOBODY
+
+    os.chown(cluster, 0, 0)
+    (cluster / "base" / "hard link").hardlink_to(outside / "file")
+    before = everything(outside)
+    assert "hard link" in refuse(WALLET_DATA_DIR=str(home), PORT=str(free_port()))
+    assert everything(outside) == before
+
+
+@as_root
+def test_a_folder_of_roots_in_which_others_write_is_not_used(tmp_path: Path) -> None:
+    tmp_path.chmod(0o777)
+    assert "chmod" in refuse(WALLET_DATA_DIR=str(tmp_path), PORT=str(free_port()))
+
+
+@as_root
+def test_beside_the_socket_nothing_in_tmp_is_the_other_users(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "kept").touch()
+    service = start()
+    socket_folder = Path(service.server()[1])
+    owners = {path: path.lstat().st_uid for path in (socket_folder.parent, *socket_folder.parent.rglob("*"))}
+    assert {path for path, owner in owners.items() if owner != 0} == {
+        path for path in owners if path == socket_folder or socket_folder in path.parents
+    }
+    assert not any(
+        path.lstat().st_mode & 0o022 for path, owner in owners.items() if owner == 0 and not path.is_symlink()
+    )
+    (socket_folder / "link").symlink_to(tmp_path)
+
+    service.stop()
+
+    assert not socket_folder.parent.exists()
+    assert (tmp_path / "kept").exists()
+
+
+def test_what_a_killed_service_left_in_tmp_is_removed(start: Start) -> None:
+    service = start()
+    left = Path(service.server()[1])
+    os.kill(service.process.pid, signal.SIGKILL)
+    service.process.wait()
+    assert left.exists()
+
+    start()
+
+    assert not left.parent.exists()
+
+
+# What the caller's environment says of another server
+
+ANOTHER_SERVER = {
+    "PGHOST": "127.0.0.77",
+    "PGHOSTADDR": "127.0.0.77",
+    "PGPORT": "1",
+    "PGUSER": "somebody",
+    "PGDATABASE": "elsewhere",
+    "PGPASSWORD": "secret",
+    "PGPASSFILE": "/nonexistent",
+    "PGSERVICE": "elsewhere",
+    "PGSERVICEFILE": "/nonexistent",
+    "PGOPTIONS": "-c search_path=nowhere -c default_transaction_read_only=on",
+    "PGSSLMODE": "verify-full",
+    "PGSSLROOTCERT": "/nonexistent",
+    "PGREQUIREPEER": "somebody",
+    "PGREQUIREAUTH": "scram-sha-256",
+    "PGCHANNELBINDING": "require",
+    "PGTARGETSESSIONATTRS": "standby",
+    "PGCLIENTENCODING": "NONSENSE",
+    "PGTZ": "Nowhere/Else",
+    "PGDATA": "/nonexistent",
+    "PGAPPNAME": "somebody else",
+}
+
+
+@pytest.mark.parametrize("variable", [*ANOTHER_SERVER, None])
+def test_the_embedded_server_and_its_programs_see_no_other_server(start: Start, variable: str | None) -> None:
+    settings = ANOTHER_SERVER if variable is None else {variable: ANOTHER_SERVER[variable]}
+    service = start(**settings)
+    service.deposit("1111111111", 5)
+    for pid in (service.postgres(), *service.workers()):
+        if pid in service.workers():  # forked: what it was started with is not what it has
+            continue
+        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        assert not [entry for entry in environment if entry.startswith(b"PG")]
+    query = ["psql", "-X", "-A", "-t", "-c", "select current_database(), current_user, current_setting('search_path')"]
+
+    ran = run(*query, WALLET_DATA_DIR=str(service.home), **settings)
+
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert ran.stdout == 'wallet|wallet_service|"$user", public\n'
+
+
+def test_psql_on_the_embedded_server_is_still_the_callers(start: Start, tmp_path: Path) -> None:
+    service = start()
+    settings = tmp_path / "psqlrc"
+    settings.write_text("\\set QUIET on\n\\pset format unaligned\n\\pset tuples_only\n\\set greeting hello\n")
+    ran = run("psql", "-c", "\\echo :greeting", WALLET_DATA_DIR=str(service.home), PSQLRC=str(settings))
+    assert (ran.returncode, ran.stdout) == (0, "hello\n")
+
+
+# PostgreSQL's log
+
+
+def test_postgres_log_is_for_its_owner_and_does_not_grow_by_refusals(start: Start) -> None:
+    service = start()
+    log = service.home / "postgres.log"
+    assert log.stat().st_mode & 0o777 == 0o600
+    before = log.stat().st_size
+    query = "select wallet.apply_operation('1111111111', gen_random_uuid(), 'WITHDRAW', 1000000)"
+    assert run("psql", "-X", *["-c", query] * 50, WALLET_DATA_DIR=str(service.home)).returncode == 1
+    withdrawal = {"operation_type": "WITHDRAW", "amount": 1_000_000}
+    for _ in range(50):
+        path = "/api/v1/wallets/1111111111/operation"
+        assert service.ask(path, withdrawal | {"operation_uuid": str(uuid4())})[0] == 400
+    assert log.stat().st_size - before < 1000
+
+
+def test_what_fails_is_still_found_in_postgres_log_but_not_its_text(start: Start) -> None:
+    service = start()
+    with service.superuser() as superuser, pytest.raises(psycopg.errors.UndefinedColumn):
+        superuser.execute("select nonsense, 'a secret' from wallet.wallet")
+    text = (service.home / "postgres.log").read_text()
+    assert 'column "nonsense" does not exist' in text
+    assert "a secret" not in text
+
+
+def test_postgres_log_is_bounded(tmp_path: Path) -> None:
+    postgres = Postgres(tmp_path, "fsync=off")
+    postgres.start()
+    try:
+        for _ in range(3):
+            with postgres.log.open("ab") as log:
+                log.write(b"x" * LOG_LIMIT + b"the end\n")
+            postgres.bound_log()
+            assert postgres.log.stat().st_size == 0
+            older = tmp_path / "postgres.log.1"
+            assert (older.stat().st_size, older.stat().st_mode & 0o777) == (LOG_LIMIT, 0o600)
+            assert older.read_bytes().endswith(b"the end\n")
+        with (
+            psycopg.connect(postgres.url("postgres", "postgres")) as superuser,
+            pytest.raises(psycopg.errors.UndefinedColumn),
+        ):
+            superuser.execute("select nonsense")
+        assert postgres.log.read_text().count("nonsense") == 1
+        assert postgres.log.stat().st_size < 1000
+    finally:
+        postgres.stop()
 
 
 # The other door
