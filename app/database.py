@@ -137,10 +137,12 @@ async def pool(app: web.Application) -> AsyncIterator[None]:
     app[POOL].close()
 
 
-async def check(url: str) -> None:
+async def check(settings: Settings) -> None:
     """See that a database can serve this service. Raises StartupError: unreachable, not migrated, not allowed."""
+    from app import preconditions
+
     try:
-        connection = await asyncpg.connect(url, timeout=CONNECT_TIMEOUT)
+        connection = await asyncpg.connect(settings.database_url, timeout=CONNECT_TIMEOUT)
     except TimeoutError:
         raise StartupError(f"cannot reach the database: no answer within {CONNECT_TIMEOUT:g} seconds") from None
     except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
@@ -150,6 +152,7 @@ async def check(url: str) -> None:
             "cannot reach the database: DATABASE_URL is no URI; are special characters in its password percent-encoded?"
         ) from None
     try:
+        await preconditions.see(connection, settings)
         if not await is_migrated(connection):
             raise StartupError(
                 "the database is not migrated, or its user is no member of wallet_app: "

@@ -19,10 +19,13 @@ from app import database, logs
 from app.application import make_app
 from app.embedded import Postgres, die_with_parent, forget_server
 from app.migrations import LOGIN, bring_up_to_date
+from app.preconditions import sessions
 from app.settings import Settings, StartupError
 
 BACKLOG = 1024
 """Connections that may wait to be accepted."""
+OTHER_SESSIONS = 20
+"""Sessions of the embedded server for psql, superusers (who have 3 of them to themselves) and programs of others."""
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)
 _fork = multiprocessing.get_context("fork")
@@ -35,11 +38,10 @@ def serve(settings: Settings) -> None:
         sockets = [stack.enter_context(listening) for listening in listen(settings)]
         postgres = None
         if settings.database_url is None:
-            postgres = Postgres(settings.wallet_data_dir)
+            postgres = embedded_postgres(settings)
             stack.callback(postgres.stop)
             settings = start_embedded(postgres, settings)
-        assert settings.database_url is not None
-        asyncio.run(database.check(settings.database_url))
+        asyncio.run(database.check(settings))
         announce(settings, postgres)
         supervise(settings, sockets, postgres)
 
@@ -64,6 +66,12 @@ def listen(settings: Settings) -> list[socket.socket]:
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
         raise StartupError(f"cannot listen on {settings.host}:{settings.port}: {reason}") from None
+
+
+def embedded_postgres(settings: Settings) -> Postgres:
+    """Return the embedded server, not started, with room for all sessions of these settings and others' beside them."""
+    room = max(sessions(settings) + OTHER_SESSIONS, 100)
+    return Postgres(settings.wallet_data_dir, f"max_connections={room}")
 
 
 def start_embedded(postgres: Postgres, settings: Settings) -> Settings:

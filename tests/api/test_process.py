@@ -1,8 +1,10 @@
 """`python -m app` as a process: how it starts, what it survives, how it stops, what it says when it cannot start."""
 
+import contextlib
 import json
 import os
 import pwd
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,9 +22,11 @@ from uuid import uuid4
 
 import psycopg
 import pytest
+from psycopg.conninfo import conninfo_to_dict
 
 from app.embedded import LOG_LIMIT, Postgres, connection_url, running_server
 from app.settings import CHECKOUT
+from tests.conftest import open_folder
 
 COMMAND = [sys.executable, "-m", "app"]
 SETTINGS = ("DATABASE_URL", "HOST", "PORT", "WORKERS", "WALLET_DATA_DIR")
@@ -370,6 +374,9 @@ def test_a_data_folder_that_another_service_uses(start: Start) -> None:
         "postgresql://nobody@does-not-exist.invalid/nowhere",
         "mysql://nobody@127.0.0.1/nowhere",
         "nonsense",
+        "postgresql://nobody@127.0.0.1:99999/nowhere",
+        "postgresql://nobody@127.0.0.1/nowhere?connect_timeout=1",
+        "postgresql://nobody@127.0.0.1/nowhere?channel_binding=require",
     ],
 )
 def test_a_database_that_cannot_be_reached(url: str) -> None:
@@ -665,6 +672,103 @@ def test_postgres_log_is_bounded(tmp_path: Path) -> None:
         postgres.stop()
 
 
+# Sessions
+
+
+def test_the_embedded_server_has_room_for_all_sessions_of_the_settings(start: Start) -> None:
+    service = start(WORKERS="6", POOL_SIZE="40")
+    with service.superuser() as superuser:
+        row = superuser.execute("show max_connections").fetchone()
+    assert row is not None
+    assert int(row[0]) >= 6 * (40 + 2 + 3) + 10
+
+
+def test_settings_that_want_more_sessions_than_there_are(database_url: str, superuser: psycopg.Connection) -> None:
+    """The tests' server has 300, of which superusers keep 3."""
+    line = refuse(DATABASE_URL=database_url, PORT=str(free_port()), WORKERS="12", POOL_SIZE="20")
+    assert all(number in line for number in ("300", "297", "12 ", "20 ", str(12 * (20 + 2 + 3))))
+
+    superuser.execute("alter role wallet_service connection limit 14")
+    try:
+        line = refuse(DATABASE_URL=database_url, PORT=str(free_port()))
+        assert all(number in line for number in ("14", "15", "role"))
+    finally:
+        superuser.execute("alter role wallet_service connection limit -1")
+    superuser.execute(f'alter database "{superuser.info.dbname}" connection limit 13'.encode())
+    assert "13" in refuse(DATABASE_URL=database_url, PORT=str(free_port()))
+
+
+PGBOUNCER = shutil.which("pgbouncer", path=f"{os.environ['PATH']}:/usr/sbin")
+
+
+@pytest.fixture
+def pooler(tmp_path_factory: pytest.TempPathFactory, database_url: str) -> Iterator[Callable[..., str]]:
+    """Start PgBouncers before this test's database: each is the function's URL of it."""
+    if PGBOUNCER is None:
+        pytest.skip("there is no pgbouncer")
+    folder = open_folder(tmp_path_factory, "pgbouncer")
+    folder.chmod(0o777)
+    server = conninfo_to_dict(database_url)
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(**settings: object) -> str:
+        port = free_port()
+        file = folder / f"{port}.ini"
+        lines = {
+            "auth_type": "any",
+            "listen_addr": "127.0.0.1",
+            "listen_port": port,
+            "unix_socket_dir": "",
+            "ignore_startup_parameters": "extra_float_digits",
+            **settings,
+        }
+        [name, host] = [server["dbname"], server["host"]]
+        target = f"{name} = host={host} port=5432 dbname={name} user=wallet_service"
+        body = "\n".join(f"{key} = {value}" for key, value in lines.items())
+        file.write_text(f"[databases]\n{target}\n[pgbouncer]\n{body}\n")
+        file.chmod(0o644)
+        identity: dict[str, Any] = {"user": NOBODY, "group": NOBODY} if os.getuid() == 0 else {}
+        with (folder / f"{port}.log").open("wb") as log:
+            command = [PGBOUNCER, "-q", str(file)]
+            started.append(subprocess.Popen(command, stdout=log, stderr=log, **identity))
+        wait_until(lambda: listens(port))
+        return f"postgresql://wallet_service@127.0.0.1:{port}/{name}?sslmode=disable"
+
+    yield start
+    for process in started:
+        process.terminate()
+        process.wait()
+
+
+def listens(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), 1).close()
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("settings", [{}, {"server_round_robin": 1}, {"default_pool_size": 1}, {"min_pool_size": 2}])
+@pytest.mark.parametrize("mode", ["transaction", "statement"])
+def test_a_pooler_that_does_not_keep_sessions_apart(
+    pooler: Callable[..., str], mode: str, settings: dict[str, object]
+) -> None:
+    url = pooler(pool_mode=mode, **settings)
+    with contextlib.ExitStack() as stack:
+        others = [  # so that it is in use already, and has sessions to choose from
+            stack.enter_context(psycopg.connect(url, autocommit=True, prepare_threshold=None)) for _ in range(2)
+        ]
+        for other in others:
+            other.execute("select 1")
+        for _ in range(2):
+            assert f"{mode} " in refuse(DATABASE_URL=url, PORT=str(free_port()))
+
+
+def test_a_pooler_that_keeps_sessions_apart_is_as_good_as_none(pooler: Callable[..., str], start: Start) -> None:
+    service = start(DATABASE_URL=pooler(pool_mode="session"))
+    assert service.ask("/readyz")[0] == 200
+
+
 # The other door
 
 
@@ -696,3 +800,17 @@ def test_psql_reaches_the_database_of_database_url(database_url: str) -> None:
     ran = run("psql", "-X", "-A", "-t", "-c", "select current_user", DATABASE_URL=database_url)
 
     assert (ran.returncode, ran.stdout) == (0, "wallet_service\n")
+
+
+def test_psql_shows_nobody_the_password(tmp_path: Path) -> None:
+    """A program in psql's place tells what it was called with, and what it could have found besides."""
+    psql = tmp_path / "psql"
+    psql.write_text('#!/bin/sh\ntr "\\0" "\\n" < /proc/$$/cmdline\necho "password $PGPASSWORD"\n')
+    psql.chmod(0o755)
+    url = "postgresql://u:p%40ss@db.example:1/wallet?sslmode=disable"
+
+    ran = run("psql", "-X", DATABASE_URL=url, PATH=f"{tmp_path}:{os.environ['PATH']}")
+
+    *called, password = ran.stdout.splitlines()
+    assert called[-3:] == ["--dbname", "postgresql://u@db.example:1/wallet?sslmode=disable", "-X"]
+    assert password == "password p@ss"
