@@ -15,14 +15,17 @@ import uvloop
 from aiohttp import web
 from prometheus_client.multiprocess import mark_process_dead
 
-from app import database, logs
+from app import logs, preconditions
 from app.application import make_app
-from app.embedded import Postgres, die_with_parent
+from app.embedded import Postgres, die_with_parent, forget_server
 from app.migrations import LOGIN, bring_up_to_date
+from app.preconditions import sessions
 from app.settings import Settings, StartupError
 
 BACKLOG = 1024
 """Connections that may wait to be accepted."""
+OTHER_SESSIONS = 20
+"""Sessions of the embedded server for psql, superusers (who have 3 of them to themselves) and programs of others."""
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)
 _fork = multiprocessing.get_context("fork")
@@ -35,11 +38,10 @@ def serve(settings: Settings) -> None:
         sockets = [stack.enter_context(listening) for listening in listen(settings)]
         postgres = None
         if settings.database_url is None:
-            postgres = Postgres(settings.wallet_data_dir)
+            postgres = embedded_postgres(settings)
             stack.callback(postgres.stop)
             settings = start_embedded(postgres, settings)
-        assert settings.database_url is not None
-        asyncio.run(database.check(settings))
+        asyncio.run(preconditions.check(settings))
         announce(settings, postgres)
         supervise(settings, sockets, postgres)
 
@@ -66,8 +68,18 @@ def listen(settings: Settings) -> list[socket.socket]:
         raise StartupError(f"cannot listen on {settings.host}:{settings.port}: {reason}") from None
 
 
+def embedded_postgres(settings: Settings) -> Postgres:
+    """Return the embedded server, not started, with room for all sessions of these settings and others' beside them."""
+    room = max(sessions(settings) + OTHER_SESSIONS, 100)
+    return Postgres(settings.wallet_data_dir, f"max_connections={room}")
+
+
 def start_embedded(postgres: Postgres, settings: Settings) -> Settings:
-    """Start the embedded database, bring it up to date and return the settings that name it."""
+    """Start the embedded database, bring it up to date and return the settings that name it.
+
+    From here on this process and its children know of no other server: asyncpg reads the environment too.
+    """
+    forget_server(os.environ)
     postgres.start()
     asyncio.run(bring_up_to_date(postgres))
     return msgspec.structs.replace(settings, database_url=postgres.url(LOGIN))
