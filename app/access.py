@@ -1,4 +1,4 @@
-"""Around every request: its id, its line in the log, its place in the metrics."""
+"""Around every request, also one that is not HTTP: its id, its line in the log, its place in the metrics."""
 
 import functools
 import random
@@ -7,11 +7,12 @@ import time
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 
-from aiohttp import web
+from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler
 
 from app.logs import REQUEST_ID, AccessLine, AccessLog
 from app.metrics import REQUEST_SECONDS
+from app.problems import problems
 
 ACCESS_LOG = web.AppKey("access_log", AccessLog)
 
@@ -25,24 +26,30 @@ _histogram = functools.cache(REQUEST_SECONDS.labels)
 """A look-up of the labels for each request would cost more than the observation."""
 
 
-@web.middleware
-async def access(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Take the request's id from X-Request-ID or make one, and repeat it in the answer; log and measure the request."""
+async def answer(app: web.Application, handler: Handler, request: web.Request) -> web.StreamResponse:
+    """Take the request's id from X-Request-ID or make one, and repeat it in the answer; log and measure the request.
+
+    What was never routed, because it is not HTTP, has neither method nor path.
+    """
     started = time.perf_counter()
     given = request.headers.get("X-Request-ID", "")
     request_id = given if _GOOD_ID.fullmatch(given) else f"{random.getrandbits(64):016x}"
     REQUEST_ID.set(request_id)
-    response = await handler(request)
+    response = await problems(request, handler)
     response.headers["X-Request-ID"] = request_id
+    if hdrs.EXPECT in request.headers and not request.content.is_eof():
+        response.force_close()  # the body of a client that was not told to go on will never come
     seconds = time.perf_counter() - started
-    resource = request.match_info.route.resource
+    match = request._match_info  # noqa: SLF001
+    resource = match.route.resource if match is not None else None
     route = resource.canonical if resource is not None else "none"
     method = request.method if request.method in METHODS else "other"
     _histogram(method, route, response.status).observe(seconds)
-    log = request.app[ACCESS_LOG]
+    log = app[ACCESS_LOG]
     if log.enabled:
-        path, ms = request.rel_url.raw_path[:200], round(seconds * 1000, 3)
-        log.add(AccessLine(datetime.now(UTC), request_id, request.method, path, response.status, ms))
+        asked = (request.method, request.rel_url.raw_path[:200]) if match is not None else ("-", "-")
+        ms = round(seconds * 1000, 3)
+        log.add(AccessLine(datetime.now(UTC), request_id, *asked, response.status, ms, request.remote or ""))
     return response
 
 

@@ -103,4 +103,7 @@ async def readyz(request: web.Request) -> web.Response:
 def _result(asked: Request, outcome: Outcome) -> Applied | Refused:
     if outcome.sqlstate is None:
         return Applied(asked.operation_uuid, True, outcome.balance_after, outcome.seq)
-    return Refused(asked.operation_uuid, False, code_of(outcome.sqlstate), str(outcome.message))
+    refused = Refused(asked.operation_uuid, False, code_of(outcome.sqlstate), str(outcome.message))
+    if (recorded := outcome.recorded(asked)) is None:
+        return refused
+    return msgspec.structs.replace(refused, operation=recorded, same_request=outcome.is_repeat_of(asked))

@@ -63,7 +63,10 @@ class TerminalFormatter(logging.Formatter):
 
 
 class AccessLine(msgspec.Struct, gc=False):
-    """A request that was answered, as a line of the log; `ms` is the time it took in milliseconds."""
+    """A request that was answered, as a line of the log.
+
+    `ms` is the time it took in milliseconds, `peer` the address of the client, or of the proxy, that is connected.
+    """
 
     time: datetime
     request_id: str
@@ -71,6 +74,7 @@ class AccessLine(msgspec.Struct, gc=False):
     path: str
     status: int
     ms: float
+    peer: str
     level: str = "info"
     logger: str = "access"
 

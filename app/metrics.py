@@ -6,6 +6,7 @@ supervisor sets before this module is imported.
 
 import os
 import platform
+import time
 from importlib.metadata import version
 
 from aiohttp import web
@@ -50,10 +51,25 @@ BUILD_INFO = Gauge("wallet_build_info", "Always 1.", ["python", "aiohttp", "asyn
 BUILD_INFO.labels(platform.python_version(), version("aiohttp"), version("asyncpg")).set(1)
 
 
+MAX_AGE = 1.0
+"""Seconds for which the values that were collected once are told again: to collect them holds up everybody."""
+
+_collected = (b"", -MAX_AGE)
+
+
 async def metrics(_request: web.Request) -> web.Response:
-    """GET /metrics: the values of all workers, in Prometheus' text format."""
+    """GET /metrics: the values of all workers, in Prometheus' text format, up to MAX_AGE old."""
+    global _collected
+    text, collected_at = _collected
+    if time.monotonic() - collected_at >= MAX_AGE:
+        text = _collect()
+        _collected = text, time.monotonic()
+    return web.Response(body=text, headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+
+def _collect() -> bytes:
     registry = REGISTRY
     if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
         registry = CollectorRegistry()
         multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
-    return web.Response(body=generate_latest(registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
+    return generate_latest(registry)

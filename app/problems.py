@@ -48,12 +48,16 @@ for _sqlstate in REFUSALS:  # asyncpg raises the class that declares the SQLSTAT
 RETRY = {"Retry-After": "1"}
 """Seconds after which it is right to ask again."""
 
+LAST_ANSWERS = (408, 501, 505)
+"""Statuses that end a connection: what comes next on it is anybody's guess."""
+
 _HTTP_CODES = {
     404: "not_found",
     405: "method_not_allowed",
     408: "request_timeout",
     413: "body_too_large",
     415: "unsupported_media_type",
+    417: "expectation_failed",
 }
 
 _log = logging.getLogger("wallet")
@@ -88,12 +92,15 @@ class Problem(Exception):
             "code": self.code,
         }
         body.update((name, value) for name, value in self.members.items() if value is not None)
-        return web.Response(
+        response = web.Response(
             body=msgspec.json.encode(body),
             status=self.status,
             headers=self.headers,
             content_type="application/problem+json",
         )
+        if self.status in LAST_ANSWERS:
+            response.force_close()
+        return response
 
 
 def code_of(sqlstate: str) -> str:
@@ -136,39 +143,17 @@ def unavailable(detail: str) -> Problem:
     return Problem(503, "unavailable", detail, headers=RETRY)
 
 
-def answer_bad_http(
-    _self: web.RequestHandler,
-    request: web.BaseRequest,
-    status: int = 500,
-    exc: BaseException | None = None,
-    message: str | None = None,
-) -> web.StreamResponse:
-    """Answer what is not HTTP, which no middleware sees, in place of aiohttp's own plain text."""
-    if request.writer.output_size > 0:
-        raise ConnectionError("the answer has begun")
-    if status >= 500:
-        _log.error("unexpected error", exc_info=exc)
-    code = "internal_error" if status >= 500 else "invalid_request"
-    response = Problem(status, code, "Internal error" if status >= 500 else "Not a valid HTTP request").response()
-    response.force_close()
-    return response
-
-
-web.RequestHandler.handle_error = answer_bad_http  # type: ignore[method-assign, assignment]
-
-
-@web.middleware
 async def problems(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Answer whatever a handler raises as problem+json."""
+    """Answer whatever a handler raises as problem+json; a redirection stays what it is."""
     try:
         return await handler(request)
     except Problem as problem:
-        if problem.status >= 500:
+        if problem.status >= 500 and problem.status not in (501, 505):
             _log.warning(problem.detail, extra={"code": problem.code})
         return problem.response()
     except web.HTTPException as error:
         if error.status < 400:
-            raise
+            return web.Response(status=error.status, headers={"Location": error.headers["Location"]})
         headers = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else None
         return Problem(
             error.status, _HTTP_CODES.get(error.status, "http_error"), error.reason, headers=headers

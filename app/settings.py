@@ -1,6 +1,7 @@
 """Settings: environment variables, all optional. The table in the README says the same."""
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,6 +10,10 @@ import msgspec
 from app import database_url
 
 CHECKOUT = Path(__file__).resolve().parent.parent
+
+
+HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\[\]:/?#@\s]+)(?::([0-9]{0,5}))?")
+"""A name or an address, and a port if there is one (RFC 3986, section 3.2)."""
 
 
 class StartupError(Exception):
@@ -24,6 +29,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Where the embedded PostgreSQL keeps its data."""
     host: str = "127.0.0.1"
     port: int = 8000
+    allowed_hosts: str | None = None
+    """Names, separated by commas, under which clients may address the service beside its loopback ones.
+
+    None: any, unless the address to listen on is a loopback one."""
     workers: int = 1
     """Processes that serve requests."""
     pool_size: int = 10
@@ -36,6 +45,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Requests that may wait in a lane; one more gets a 429."""
     bulk_queue: int = 32
     """Bulk requests that may wait in a worker; one more gets a 429."""
+    connections: int = 4096
+    """Connections of clients in each worker, at most."""
+    body_memory: int = 64
+    """MiB for the bodies over 64 KiB that a worker receives at once; one more gets a 429."""
     request_deadline: float = 10.0
     """Seconds until a request that the database has not answered gets a 503."""
     allow_fsync_off: bool = False
@@ -54,6 +67,8 @@ _BOUNDS = {
     "lane_batch": (1, 10_000),
     "lane_queue": (1, 1_000_000),
     "bulk_queue": (1, 1000),
+    "connections": (1, 1_000_000),
+    "body_memory": (4, 65_536),
     "request_deadline": (0.1, 3600),
     "shutdown_timeout": (0, 3600),
 }
@@ -79,6 +94,9 @@ def from_environment(environment: Mapping[str, str] = os.environ) -> Settings:
             raise StartupError(f"{name}: must be from {low} to {high}, not {text}")
         values[field.name] = value
     settings = msgspec.convert(values, Settings)
+    for name in (settings.allowed_hosts or "").split(","):
+        if name.strip() and not HOST.fullmatch(name.strip()):
+            raise StartupError(f"ALLOWED_HOSTS: must be names like wallet.example or wallet.example:8443, not {name}")
     level = settings.log_level.upper()
     if level not in ("DEBUG", "INFO", "WARNING", "ERROR"):
         raise StartupError(f"LOG_LEVEL: must be DEBUG, INFO, WARNING or ERROR, not {settings.log_level!r}")

@@ -17,6 +17,7 @@ from prometheus_client.multiprocess import mark_process_dead
 
 from app import logs, preconditions
 from app.application import make_app
+from app.connections import raise_file_limit
 from app.embedded import Postgres, die_with_parent, forget_server
 from app.migrations import LOGIN, bring_up_to_date
 from app.preconditions import sessions
@@ -34,6 +35,7 @@ _fork = multiprocessing.get_context("fork")
 def serve(settings: Settings) -> None:
     """Serve until SIGINT or SIGTERM. Raises StartupError if that cannot begin."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the workers run, both interrupt the start
+    raise_file_limit()
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(listening) for listening in listen(settings)]
         postgres = None

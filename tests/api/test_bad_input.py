@@ -147,7 +147,8 @@ async def test_a_body_in_chunks_that_grows_too_large(client: TestClient) -> None
 
 @pytest.mark.parametrize("length", [64 * 1024 + 1, 2_000_000, 2**63 - 1])
 async def test_a_body_that_is_announced_too_large_is_not_waited_for(client: TestClient, length: int) -> None:
-    head = f"POST {OPERATION} HTTP/1.1\r\nHost: w\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n"
+    head = f"POST {OPERATION} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {length}\r\n\r\n"
     status, headers, body = await send_raw(client, head.encode())
     assert (status, headers["content-type"], body["code"]) == (413, "application/problem+json", "body_too_large")
 
@@ -155,9 +156,8 @@ async def test_a_body_that_is_announced_too_large_is_not_waited_for(client: Test
 async def test_a_body_that_does_not_arrive(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(messages, "BODY_TIMEOUT", 0.2)
     body = operation_with("amount", "5")
-    head = (
-        f"POST {OPERATION} HTTP/1.1\r\nHost: w\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-    )
+    head = f"POST {OPERATION} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(body)}\r\n\r\n"
     status, headers, answer = await send_raw(client, head.encode() + body[:-1])
     assert (status, headers["content-type"], answer["code"]) == (408, "application/problem+json", "request_timeout")
 
@@ -165,7 +165,11 @@ async def test_a_body_that_does_not_arrive(client: TestClient, monkeypatch: pyte
 @pytest.mark.parametrize(
     "content_type",
     [
+        None,
         "text/plain",
+        "text/plain;charset=UTF-8",
+        "text/plain, application/json",
+        "application/octet-stream",
         "text/json",
         "application/x-www-form-urlencoded",
         "multipart/form-data; boundary=x",
@@ -176,9 +180,10 @@ async def test_a_body_that_does_not_arrive(client: TestClient, monkeypatch: pyte
     ],
 )
 @pytest.mark.parametrize("url", [OPERATION, WALLETS], ids=["operation", "wallet"])
-async def test_a_body_of_another_type(client: TestClient, content_type: str, url: str) -> None:
+async def test_a_body_of_another_type(client: TestClient, content_type: str | None, url: str) -> None:
     body = operation_with("amount", "5") if url == OPERATION else b"{}"
-    answer = await client.post(url, data=body, headers={"Content-Type": content_type})
+    headers = {} if content_type is None else {"Content-Type": content_type}
+    answer = await client.post(url, data=body, headers=headers, skip_auto_headers=["Content-Type"])
     await problem(answer, 415, "unsupported_media_type")
 
 
@@ -216,10 +221,18 @@ AMOUNTS = {
     "true": "true",
     "string": '"5"',
     "fraction": "1.5",
-    "whole_fraction": "1.0",
-    "exponent": "1e3",
-    "negative_exponent": "5000e-3",
+    "a_little_more_than_an_integer": "10.00000000000000000001",
+    "zero_as_a_fraction": "0.0",
+    "minus_one_as_a_fraction": "-1.0",
+    "2^53_as_a_fraction": "9007199254740992.0",
+    "2^53_with_an_exponent": "9007199254740992e0",
+    "2^63-1_as_a_fraction": "9223372036854775807.0",
+    "ten_to_the_18th": "1e18",
+    "small_exponent": "1e-1",
     "infinite": "1e400",
+    "exponent_of_10_digits": "1e9999999999",
+    "exponent_of_20_digits": "1e99999999999999999999",
+    "negative_exponent_of_20_digits": "1e-99999999999999999999",
     "2^63": str(2**63),
     "-2^63": str(-(2**63)),
     "2^64": str(2**64),
@@ -387,6 +400,39 @@ async def test_a_query_in_broken_percent_encoding(client: TestClient) -> None:
     await problem(await client.get(url), 400, "invalid_request")
 
 
+ONE_OPERATION = f"{WALLETS}/w/operations/{A}"
+
+
+@pytest.mark.parametrize(
+    "query", ["page=2", "page", "Limit=5", "limit=5&page=2", "limit%00=5", "%FF=1", "%ff", "w%5B%5D=1"]
+)
+@pytest.mark.parametrize("url", [f"{WALLETS}/w", f"{WALLETS}/w/operations", ONE_OPERATION])
+async def test_a_parameter_that_nobody_knows(client: TestClient, url: str, query: str) -> None:
+    told = await problem(await client.get(URL(f"{url}?{query}", encoded=True)), 400, "invalid_request")
+    assert told["errors"][0]["loc"][0] == "query"
+
+
+@pytest.mark.parametrize("url", [WALLETS, OPERATION, "/api/v1/operations"])
+async def test_a_parameter_where_there_is_none(client: TestClient, url: str) -> None:
+    body: dict[str, Any] = GOOD if url == OPERATION else {"operations": [GOOD | {"wallet_uuid": "w"}]}
+    answer = await client.post(url, json={} if url == WALLETS else body, params={"limit": "5"})
+    told = await problem(answer, 400, "invalid_request")
+    assert [(error["loc"], error["type"]) for error in told["errors"]] == [(["query", "limit"], "extra_forbidden")]
+
+
+@pytest.mark.parametrize(
+    "query", ["limit=5&limit=5", "before=9&limit=1&before=8", "limit=5&%6cimit=6", "limit=&limit="]
+)
+async def test_a_parameter_that_stands_there_twice(client: TestClient, query: str) -> None:
+    answer = await client.get(URL(f"{WALLETS}/w/operations?{query}", encoded=True))
+    told = await problem(answer, 400, "invalid_request")
+    assert told["errors"][0]["loc"] in (["query", "limit"], ["query", "before"])
+
+
+async def test_outside_of_the_api_a_parameter_is_nobody_s_business(client: TestClient) -> None:
+    assert (await client.get("/healthz?probe=1&probe=2")).status == 200
+
+
 # Methods and paths
 
 
@@ -416,12 +462,12 @@ async def test_a_method_that_is_not_allowed(client: TestClient, url: str, allowe
         "/api/v1",
         "/api/v1/",
         "/api/v2/wallets",
-        "/api/v1/wallets/",
-        "/api/v1/wallets/w/",
+        "/api/v1/wallets//",
+        "/api/v2/wallets/",
         "/API/V1/WALLETS",
-        "/api/v1/wallets/w/operation/",
+        "/api/v1/wallets/w/operation//",
         "/api/v1/wallets//operation",
-        "/api/v1/wallets/w/operations/",
+        "/api/v1/wallets/w/operations//",
         "/%00",
         "/%ff",
         "//",
@@ -431,6 +477,38 @@ async def test_a_method_that_is_not_allowed(client: TestClient, url: str, allowe
 @pytest.mark.parametrize("method", ["GET", "POST", "DELETE"])
 async def test_a_path_that_leads_nowhere(client: TestClient, method: str, url: str) -> None:
     await problem(await client.request(method, URL(url, encoded=True), json=GOOD), 404, "not_found")
+
+
+@pytest.mark.parametrize("method", ["GET", "POST", "DELETE"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "/api/v1/wallets/",
+        "/api/v1/wallets/w/",
+        "/api/v1/wallets/%77%c3%a4/",
+        "/api/v1/wallets/w/operation/",
+        "/api/v1/wallets/w/operations/?limit=5&before=%39",
+        "/api/v1/operations/",
+        "/healthz/",
+        "/openapi.json/?",
+    ],
+)
+async def test_a_slash_at_the_end_of_a_route_leads_to_it(client: TestClient, method: str, url: str) -> None:
+    answer = await client.request(method, URL(url, encoded=True), json=GOOD, allow_redirects=False)
+    path, _, query = url.partition("?")
+    assert (answer.status, answer.headers["Location"]) == (308, path.removesuffix("/") + (query and f"?{query}"))
+
+
+@pytest.mark.parametrize("target", ["//api/v1/wallets/w/", "//evil.example/healthz/", "/\\evil.example/", "///docs/"])
+async def test_nobody_is_led_to_another_host(client: TestClient, target: str) -> None:
+    status, headers, told = await send_raw(client, f"GET {target} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+    assert (status, told["code"]) == (404, "not_found")
+    assert "location" not in headers
+
+
+async def test_a_request_that_is_led_from_a_slash_to_its_route_is_the_same_request(client: TestClient) -> None:
+    await problem(await client.post(f"{OPERATION}/", json=GOOD | {"amount": 0}), 400, "invalid_request")
+    assert (await (await client.get(f"{WALLETS}/w/")).json())["balance"] == 100
 
 
 # What is not even HTTP

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import random
 from collections.abc import AsyncIterator, Iterator
+from datetime import datetime
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -61,6 +62,9 @@ async def results(client: TestClient, operations: list[dict[str, Any]]) -> list[
     body = await answer.json()
     assert list(body) == ["results"]
     assert [one.pop("operation_uuid") for one in body["results"]] == [one["operation_uuid"] for one in operations]
+    for one in body["results"]:
+        if "operation" in one:
+            datetime.fromisoformat(one["operation"].pop("created_at"))
     return body["results"]
 
 
@@ -72,7 +76,18 @@ def refusal(code: str, detail: str) -> dict[str, Any]:
     return {"applied": False, "code": code, "detail": detail}
 
 
-DUPLICATE = refusal("duplicate_operation", "Transaction already exists")
+FOREIGN = refusal("duplicate_operation", "Transaction already exists")
+"""A duplicate of another wallet's operation."""
+
+
+def duplicate(operation: dict[str, Any], balance_after: int, seq: int, *, same_request: bool = True) -> dict[str, Any]:
+    """What a duplicate of the same wallet is told, without the time: the operation that is recorded."""
+    return FOREIGN | {
+        "operation": operation | {"balance_after": balance_after, "seq": seq},
+        "same_request": same_request,
+    }
+
+
 NO_MONEY = refusal("insufficient_funds", "Not enough money")
 
 
@@ -97,7 +112,7 @@ async def test_results_come_in_order_each_with_its_own_outcome(client: TestClien
         NO_MONEY,
         refusal("wallet_not_found", "Wallet not found"),
         refusal("balance_out_of_range", "Balance out of range"),
-        DUPLICATE,
+        duplicate(item("v", "DEPOSIT", 5, F), 5, 1),
         success(0, 3),
     ]
     assert [await balance(client, wallet) for wallet in ("w", "v", "full")] == [0, 5, MAX]
@@ -128,7 +143,14 @@ async def test_an_operation_twice_in_a_request_succeeds_once(client: TestClient)
         ],
     )
 
-    assert told == [NO_MONEY, success(5, 1), DUPLICATE, DUPLICATE, DUPLICATE]
+    recorded = item("w", "DEPOSIT", 5, A)
+    assert told == [
+        NO_MONEY,
+        success(5, 1),
+        duplicate(recorded, 5, 1),
+        duplicate(recorded, 5, 1, same_request=False),
+        FOREIGN,
+    ]
     assert [await balance(client, wallet) for wallet in ("w", "v")] == [5, 0]
 
 
@@ -137,7 +159,7 @@ async def test_a_request_sent_again_is_told_that_each_exists(client: TestClient)
     operations = [item("w", "WITHDRAW", 100), item("w", "DEPOSIT", 7)]
     assert await results(client, operations) == [success(0, 2), success(7, 3)]
 
-    assert await results(client, operations) == [DUPLICATE, DUPLICATE]
+    assert await results(client, operations) == [duplicate(operations[0], 0, 2), duplicate(operations[1], 7, 3)]
     assert await balance(client, "w") == 7
 
 
@@ -285,7 +307,10 @@ async def test_all_in_one_request(case: Case, client: TestClient) -> None:
             assert result["applied"] is True
         else:
             message = MESSAGES.get(request.outcome, NIL_MESSAGE)
-            assert result == refusal(PROBLEMS[request.outcome][1], message)
+            told = {name: result[name] for name in ("applied", "code", "detail")}
+            assert result.keys() - told.keys() in (set(), {"operation", "same_request"})
+            assert ("operation" in result) <= (request.outcome == "WA409")
+            assert told == refusal(PROBLEMS[request.outcome][1], message)
     assert {wallet: await balance(client, wallet) for wallet in case.wallets} == case.balances
 
 
@@ -351,8 +376,11 @@ async def test_a_lost_bulk_call_answers_what_was_applied(point: Point, proxy: Pr
     told = await results(lossy, repeated)
 
     assert cut.done()
-    assert told == [success(0, 2), success(1, 1), success(5, 3), DUPLICATE, NO_MONEY]
-    assert await results(lossy, operations) == [DUPLICATE] * 3
+    assert told == [success(0, 2), success(1, 1), success(5, 3), duplicate(operations[2], 5, 3), NO_MONEY]
+    assert await results(lossy, operations) == [
+        duplicate(operation, balance_after, seq)
+        for operation, (balance_after, seq) in zip(operations, [(0, 2), (1, 1), (5, 3)], strict=True)
+    ]
     assert [await balance(lossy, wallet) for wallet in ("w", "v")] == [5, 1]
 
 
@@ -415,7 +443,7 @@ async def test_the_refusals_of_bulk_requests_that_share_a_call_are_each_told_to_
 
     told = await in_one_call(client, superuser, first, second)
 
-    assert told == [[NO_MONEY, success(4, 2)], [DUPLICATE, success(2, 3)]]
+    assert told == [[NO_MONEY, success(4, 2)], [duplicate(second[0], 4, 2), success(2, 3)]]
     assert len({operation["created_at"] for operation in await history(client, "w")}) == 2  # the first held the money
 
 

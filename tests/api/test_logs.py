@@ -21,7 +21,7 @@ from app.settings import CHECKOUT
 from tests.api.test_process import COMMAND, environment_with, free_port, wait_until
 
 MADE_ID = re.compile(r"[0-9a-f]{16}")
-ACCESS_FIELDS = {"time", "level", "logger", "request_id", "method", "path", "status", "ms"}
+ACCESS_FIELDS = {"time", "level", "logger", "request_id", "method", "path", "status", "ms", "peer"}
 
 
 class Service:
@@ -119,6 +119,7 @@ def test_every_request_has_a_json_line(start: Start) -> None:
         assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d+Z", line["time"])
         assert MADE_ID.fullmatch(line["request_id"])
         assert 0 < line["ms"] < 30_000
+        assert line["peer"] == "127.0.0.1"
 
 
 @pytest.mark.parametrize(
@@ -138,13 +139,29 @@ def test_whatever_is_asked_for_the_log_stays_json_and_goes_on(start: Start, targ
     assert max(len(line["path"]) for line in lines) <= 1000
 
 
-def test_what_is_not_http_leaves_no_traceback(start: Start) -> None:
+def test_what_is_not_http_leaves_a_line_and_no_traceback(start: Start) -> None:
     service = start()
     for raw in (b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"nonsense\r\n\r\n"):
         assert service.send(raw).split()[1] == b"400"
     service.ask("GET", "/healthz")
 
-    assert [line["path"] for line in service.lines()] == ["/healthz"]
+    *strange, last = service.lines()
+    assert [(line["method"], line["path"], line["status"]) for line in strange] == [("-", "-", 400)] * 3
+    assert {line["peer"] for line in strange} == {"127.0.0.1"}
+    assert all(MADE_ID.fullmatch(line["request_id"]) for line in strange)
+    assert last["path"] == "/healthz"
+
+
+def test_whoever_is_led_elsewhere_leaves_a_line(start: Start) -> None:
+    service = start()
+    for path in ("/docs/", "/api/v1/wallets/w/"):
+        status, request_id = service.ask("GET", path)
+        assert (status, bool(request_id)) == (308, True)
+
+    assert [(line["path"], line["status"]) for line in service.lines()] == [
+        ("/docs/", 308),
+        ("/api/v1/wallets/w/", 308),
+    ]
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])

@@ -15,9 +15,11 @@ from aiohttp.test_utils import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 from pytest_aiohttp.plugin import AiohttpClient
 
+from app import metrics as app_metrics
 from app.application import make_app
 from app.settings import Settings
 from tests.api.door import MAX, create, deposit, path, withdraw
+from tests.api.test_bad_input import send_raw
 from tests.api.test_lanes import (
     busy_lane,
     in_one_call,
@@ -35,6 +37,7 @@ from tests.proxy import Point, Proxy
 
 __all__ = ["proxy", "start"]  # fixtures
 
+METRICS_ASKED = {"method": "GET", "route": "/metrics", "status": "200"}
 CALL = b"wallet.apply_operation"
 
 
@@ -71,6 +74,12 @@ async def metrics(client: TestClient) -> Metrics:
     assert answer.status == 200
     assert answer.content_type == "text/plain"
     return Metrics(await answer.text())
+
+
+@pytest.fixture(autouse=True)
+def collected_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Look at what is, not at what was up to a second ago."""
+    monkeypatch.setattr(app_metrics, "MAX_AGE", 0)
 
 
 @pytest.fixture
@@ -155,6 +164,28 @@ async def test_the_histogram_holds_how_long_requests_took(client: TestClient, su
 
     assert 0.03 <= growth("sum") <= at_most
     assert [growth("bucket", le=le) for le in ("0.025", "10.0", "+Inf")] == [0, 1, 1]
+
+
+async def test_what_is_no_http_and_who_is_led_elsewhere_is_counted(client: TestClient) -> None:
+    before = await metrics(client)
+
+    for _ in range(3):
+        await send_raw(client, b"nonsense\r\n\r\n")
+    await client.get("/api/v1/wallets/w/", allow_redirects=False)
+
+    grown = (await metrics(client)).since(before, "wallet_request_seconds_count")
+    assert grown == {("other", "none", "400"): 3, ("GET", "none", "308"): 1, ("GET", "/metrics", "200"): 1}
+
+
+async def test_the_numbers_are_collected_once_a_second(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app_metrics, "MAX_AGE", 0.5)
+    first, began = await metrics(client), time.monotonic()
+    while time.monotonic() < began + 0.2:
+        assert (await metrics(client)).text == first.text
+    await until(lambda: time.monotonic() > began + 0.6)
+    assert (await metrics(client)).value("wallet_request_seconds_count", **METRICS_ASKED) > first.value(
+        "wallet_request_seconds_count", **METRICS_ASKED
+    )
 
 
 # Operations
@@ -286,7 +317,10 @@ async def test_every_series_is_explained(client: TestClient) -> None:
 
 
 def scrape(service: Service) -> Metrics:
-    """Ask one of the workers, whichever answers: every question has a connection of its own."""
+    """Ask one of the workers, whichever answers: every question has a connection of its own.
+
+    What it tells is up to a second old.
+    """
     with urlopen(f"http://127.0.0.1:{service.port}/metrics", timeout=30) as answer:
         return Metrics(answer.read().decode())
 
@@ -300,7 +334,7 @@ def test_every_worker_tells_of_all_workers_and_of_those_that_are_gone(start: Sta
     for _ in range(40):
         service.deposit("1111111111", 5)
 
-    assert {applied(service) for _ in range(20)} == {40}
+    wait_until(lambda: {applied(service) for _ in range(20)} == {40})
     told = scrape(service)
     assert told.value("wallet_batch_size_count") == 40
     route = "/api/v1/wallets/{wallet_uuid}/operation"
@@ -319,9 +353,9 @@ def test_every_worker_tells_of_all_workers_and_of_those_that_are_gone(start: Sta
             kill(worker)
         client.join(30)
         wait_until(lambda: len(service.workers() - killed) == 2 and answers(service))
-        assert {scrape(service).value("wallet_calls_in_flight") for _ in range(20)} == {0}
+        wait_until(lambda: {scrape(service).value("wallet_calls_in_flight") for _ in range(20)} == {0})
     service.deposit("2222222222", 5)
-    assert {applied(service) for _ in range(20)} == {41}
+    wait_until(lambda: {applied(service) for _ in range(20)} == {41})
 
 
 def answers_at_all(service: Service) -> bool:

@@ -10,10 +10,10 @@ from pytest_aiohttp.plugin import AiohttpClient
 
 from app.application import make_app
 from app.settings import Settings
-from tests.api.door import balance, create, deposit, history, path, problem, withdraw
+from tests.api.door import MAX, balance, create, deposit, history, path, problem, withdraw
 from tests.conftest import url_of
 
-A = UUID("aaaaaaaa-0000-4000-8000-00000000000a")
+A, B = (UUID(f"{letter * 8}-0000-4000-8000-00000000000{letter}") for letter in "ab")
 
 # What a client written for the old service relies on
 
@@ -62,21 +62,19 @@ async def test_an_operation_uuid_is_answered_in_canonical_form(client: TestClien
 @pytest.mark.parametrize(
     "content_type",
     [
-        None,
         "application/json",
         "application/json; charset=utf-8",
         'Application/JSON;charset="UTF-8"',
         "application/problem+json",
     ],
 )
-async def test_a_body_is_taken_for_json_in_utf_8(client: TestClient, content_type: str | None) -> None:
+async def test_a_body_is_taken_for_json_in_utf_8(client: TestClient, content_type: str) -> None:
     await create(client, {"w": 0})
 
     answer = await client.post(
         "/api/v1/wallets/w/operation",
         data=f'\r\n{{"amount": 5, "operation_type": "DEPOSIT", "operation_uuid": "{A}"}}\t'.encode(),
-        headers={} if content_type is None else {"Content-Type": content_type},
-        skip_auto_headers=["Content-Type"],
+        headers={"Content-Type": content_type},
     )
 
     assert answer.status == 200
@@ -172,6 +170,30 @@ async def test_a_refused_operation_may_be_tried_again(client: TestClient) -> Non
 
     assert (await withdraw(client, "w", 10, A)).status == 200
     assert await balance(client, "w") == 0
+
+
+AMOUNTS = {"10.0": 10, "1e1": 10, "1E+1": 10, "0.1e2": 10, "1000e-2": 10, "10." + "0" * 5000: 10}
+AMOUNTS |= {"9007199254740991.0": 2**53 - 1, "9e15": 9 * 10**15, "9007199254740993": 2**53 + 1, str(MAX): MAX}
+
+
+@pytest.mark.parametrize(("text", "amount"), AMOUNTS.items(), ids=[text[:30] for text in AMOUNTS])
+async def test_an_amount_may_be_written_as_any_number_that_is_an_integer(
+    client: TestClient, text: str, amount: int
+) -> None:
+    """JSON Schema (2020-12 core, section 4.2.3) knows no other integers, and what sends doubles sends 10.0."""
+    await create(client, {"w": 0, "v": 0})
+    body = f'{{"operation_uuid": "{A}", "operation_type": "DEPOSIT", "amount": {text}}}'
+    in_bulk = body.replace(str(A), str(B)).replace("{", '{"wallet_uuid": "v", ')
+    several = f'{{"operations": [{in_bulk}, {in_bulk.replace(text, "0.5").replace(str(B), str(A))}]}}'
+    json = {"Content-Type": "application/json"}
+
+    assert (await client.post("/api/v1/wallets/w/operation", data=body, headers=json)).status == 200
+    told = await problem(await client.post("/api/v1/operations", data=several, headers=json), 400, "invalid_request")
+    assert told["errors"][0]["loc"] == ["body", "operations", 1, "amount"]
+    several = f'{{"operations": [{in_bulk}]}}'
+    assert (await client.post("/api/v1/operations", data=several, headers=json)).status == 200
+
+    assert [await balance(client, wallet) for wallet in ("w", "v")] == [amount, amount]
 
 
 # New wallets
