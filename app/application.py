@@ -10,6 +10,7 @@ from app.access import access_log, answer
 from app.database import SETTINGS
 from app.messages import ROOM, Room, check_head, check_query
 from app.settings import Settings
+from app.turns import Turns
 
 MIB = 1024 * 1024
 
@@ -19,6 +20,7 @@ def make_app(settings: Settings) -> web.Application:
     app = web.Application(middlewares=[doors(settings)], handler_args={"auto_decompress": False})
     app[SETTINGS] = settings
     app[ROOM] = Room(settings.body_memory * MIB)
+    app[handlers.TURNS] = Turns()
     app.cleanup_ctx.extend([access_log, database.pool, lanes.lanes])
     routes = [  # the router tries those that share a prefix in this order
         web.post("/api/v1/wallets/{wallet_uuid}/operation", handlers.apply_operation),
