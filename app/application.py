@@ -7,8 +7,13 @@ from aiohttp import web
 from app import database, docs, handlers, lanes, metrics
 from app.access import access, access_log
 from app.database import SETTINGS
-from app.problems import Problem, problems
+from app.problems import REFUSALS, Problem, problems
 from app.settings import Settings
+
+OPERATION_TYPES = ("DEPOSIT", "WITHDRAW")
+"""The types of operations that clients ask for."""
+OUTCOMES = ("applied", *(code for sqlstate, (_, code) in REFUSALS.items() if sqlstate not in ("WA414", "WA419")))
+"""What may come of an operation."""
 
 
 def make_app(settings: Settings) -> web.Application:
@@ -31,6 +36,7 @@ def make_app(settings: Settings) -> web.Application:
     for route in routes:
         route.kwargs["expect_handler"] = expect
     app.router.add_routes(routes)
+    metrics.begin_at_zero(app.router, OPERATION_TYPES, OUTCOMES)
     return app
 
 

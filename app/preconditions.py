@@ -36,10 +36,10 @@ async def see(connection: Any, settings: Settings) -> None:
 async def see_that_sessions_are_its_own(connection: Any, url: str) -> None:
     """See that no pooler lends a session to another client between two transactions. Raises StartupError.
 
-    Of two clients that are connected at once each has a backend of its own, unless there is a pooler in transaction or
-    statement mode (the latter ends a session that begins a transaction): there the second gets the backend that the first has just used, or the first gets another one while
-    the second has it. A statement that was prepared is then known to a backend that meets it again for another client
-    (SQLSTATE 42P05), or not known where it is asked for (26000).
+    Of two clients that are connected at once each has a backend of its own, unless there is a pooler in transaction
+    mode: there the second gets the backend that the first has just used, or the first gets another one while the second
+    has it. A statement that was prepared is then known to a backend that meets it again for another client (SQLSTATE
+    42P05), or not known where it is asked for (26000). In statement mode a session ends that begins a transaction.
     """
     try:
         other = await asyncpg.connect(url, timeout=TIMEOUT, statement_cache_size=0)
