@@ -352,6 +352,37 @@ def test_a_port_that_is_none(port: str) -> None:
     assert "PORT" in refuse(PORT=port)
 
 
+def has_ipv6() -> bool:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="there is no IPv6 here")
+@pytest.mark.parametrize(
+    ("host", "shown", "reached"),
+    [
+        ("::1", "[::1]", ["[::1]"]),
+        ("::", "[::1]", ["[::1]", "127.0.0.1"]),
+        ("0:0::0", "[::1]", ["[::1]", "127.0.0.1"]),
+        ("0.0.0.0", "127.0.0.1", ["127.0.0.1"]),
+    ],
+)
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_it_listens_where_it_says(
+    start: Start, database_url: str, host: str, shown: str, reached: list[str], workers: str
+) -> None:
+    service = start(HOST=host, WORKERS=workers, DATABASE_URL=database_url)
+    assert service.said().splitlines()[0] == f"Listening on http://{shown}:{service.port}"
+    assert f"http://{shown}:{service.port}/" in service.said().splitlines()[2]
+    for address in reached:
+        with urlopen(f"http://{address}:{service.port}/healthz", timeout=10) as answer:
+            assert answer.status == 200
+    assert f":{service.port}" in refuse(HOST=host, PORT=str(service.port), DATABASE_URL=database_url)
+
+
 def test_a_host_that_is_not_this_one(tmp_path: Path) -> None:
     assert "192.0.2.1" in refuse(HOST="192.0.2.1", WALLET_DATA_DIR=str(tmp_path))
 
