@@ -127,6 +127,23 @@ def test_every_container_is_hardened_and_its_log_is_bounded() -> None:
         assert "cap_add" not in service
 
 
+def test_a_signal_is_heard_before_the_imports_that_take_long() -> None:
+    """The kernel drops a signal to a container's first process that has no handler for it."""
+    script = """if True:
+        import importlib.abc, signal, sys
+        from app.__main__ import main
+
+        class Watching(importlib.abc.MetaPathFinder):
+            def find_spec(self, name, path, target=None):
+                if name == "app.supervisor":
+                    sys.exit(0 if callable(signal.getsignal(signal.SIGTERM)) else "deaf")
+
+        sys.meta_path.insert(0, Watching())
+        main([])"""
+    ran = subprocess.run([sys.executable, "-c", script], cwd=CHECKOUT, capture_output=True, text=True, timeout=20)
+    assert (ran.returncode, ran.stderr) == (0, "")
+
+
 def test_a_file_of_passwords_stays_out_of_git_and_of_the_image() -> None:
     assert ".env" in (CHECKOUT / ".gitignore").read_text().splitlines()
     assert "**/.env" in (CHECKOUT / ".dockerignore").read_text().splitlines()
