@@ -6,8 +6,11 @@ the time that a head and the reading of an answer take. One look a second at all
 
 import asyncio
 import contextlib
+import fcntl
 import logging
 import resource
+import sys
+import termios
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any, cast
@@ -145,8 +148,10 @@ class Connection(web.RequestHandler):
         known, belongs_to_head = self._request_count, self._body.is_eof()
         super().data_received(data)
         if self._request_count != known:
-            self._body = self._messages[-1][1]
-            self._head = 0
+            message, body = self._messages[-1]
+            if isinstance(message, _ErrInfo) and not self._body.is_eof():  # aiohttp lets its reader wait
+                self._body.set_exception(web.RequestPayloadError(message.message))
+            self._body, self._head = body, 0
         elif belongs_to_head and data and not self._close:
             if self._head == 0:
                 self._head_began = self._loop.time()
@@ -183,6 +188,8 @@ class Connection(web.RequestHandler):
         if self._head and self.is_waiting() and now - self._head_began > HEAD_TIMEOUT:
             self.refuse(408)
         unread = self._wire.get_write_buffer_size()
+        if unread:  # the kernel takes more of it only once a third of what it has is through
+            unread += _in_kernel(self._wire.get_extra_info("socket").fileno())
         if unread == 0 or unread < self._unread or self._unread == 0:
             self._unread_since = now
         elif now - self._unread_since > WRITE_TIMEOUT:
@@ -204,14 +211,19 @@ class Connection(web.RequestHandler):
         return refuse_and_close
 
 
+def _in_kernel(connection: int) -> int:
+    """Return the bytes that a socket has taken and its peer has not (tcp(7): SIOCOUTQ)."""
+    return int.from_bytes(fcntl.ioctl(connection, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+
+
 def check_protocol(request: web.Request) -> None:
     """Raise the Problem for a request that is well formed in a protocol that is not spoken here.
 
     The answer is in HTTP/1.1.
     """
     coding = request.headers.get(hdrs.TRANSFER_ENCODING)
-    if request.version not in VERSIONS:
-        request._version = HttpVersion11  # noqa: SLF001
+    if request._version not in VERSIONS:  # noqa: SLF001
+        request._version = HttpVersion11  # noqa: SLF001 (request.version remembers what it was at first)
         raise unknown_version()
     if coding is not None and coding.lower() != "chunked":
         raise unknown_coding()
