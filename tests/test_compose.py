@@ -96,7 +96,7 @@ def test_migration_runs_once_and_the_backend_waits_for_it() -> None:
 
 def test_every_setting_of_the_readme_reaches_the_container_from_the_shell_or_is_the_published_address() -> None:
     rows = re.findall(r"^\| `([A-Z_]+)` \| .*? \|", (CHECKOUT / "README.md").read_text(), re.MULTILINE)
-    variables = {name: f"a {name}" for name in rows}
+    variables = {name: f"a {name}" for name in [*rows, *BACKEND["environment"]]}
     published = {name for port in BACKEND["ports"] for name in re.findall(r"\$\{(\w+)", port)}
     assert published == {"HOST", "PORT"}
     reached = {name for name, value in environment(BACKEND, variables).items() if value == f"a {name}"}

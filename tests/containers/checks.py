@@ -283,26 +283,27 @@ def image(stack: Stack) -> str:
 
 
 def test_the_image_alone_serves_and_keeps_its_data_in_a_volume(image: str) -> None:
-    port, name = free_port(), f"{PROJECT}-alone"
+    """By the README's command, with another port, volume and name of the image."""
+    port, volume = free_port(), f"{PROJECT}-alone"
     [command] = [line for line in "".join(blocks("sh")).splitlines() if line.startswith("docker run ")]
-    for old, new in (("8000:", f"{port}:"), ("wallet:/data", f"{name}:/data"), ("docker run", "docker run --detach")):
-        assert old in command
-        command = command.replace(old, new, 1)
-    command = f"{command.rpartition(' ')[0]} --name {name} {image}".replace("docker run", "docker run", 1)
+    *words, _ = command.split()
+    options = [word.replace(":8000:", f":{port}:").replace("wallet:/data", f"{volume}:/data") for word in words]
+    assert {f"127.0.0.1:{port}:8000", f"{volume}:/data"} <= set(options)
     path = f"/api/v1/wallets/{DEMONSTRATION}"
     operation = {"operation_uuid": str(uuid4()), "operation_type": "DEPOSIT", "amount": 1}
     try:
         for balance in (1500, 1501):
-            run(*command.split())
-            assert becomes_ready(port)
-            assert request(port, "GET", path)[1]["balance"] == balance
-            if balance == 1500:
-                assert request(port, "POST", f"{path}/operation", operation)[0] == 200
-            run("docker", "stop", name)
-            run("docker", "rm", "--force", name, check=False)
+            container = run(*options, "--detach", image).stdout.strip()
+            try:
+                assert becomes_ready(port)
+                assert request(port, "GET", path)[1]["balance"] == balance
+                request(port, "POST", f"{path}/operation", operation)
+            finally:
+                run("docker", "stop", container)
     finally:
-        run("docker", "rm", "--force", name, check=False)
-        run("docker", "volume", "rm", "--force", name, check=False)
+        deadline = time.monotonic() + 20
+        while run("docker", "volume", "rm", volume, check=False).returncode and time.monotonic() < deadline:
+            time.sleep(0.2)  # until the last container is removed
 
 
 @pytest.mark.parametrize(
