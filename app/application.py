@@ -66,10 +66,11 @@ def doors(settings: Settings) -> Middleware:
     @web.middleware
     async def enter(request: web.Request, handler: Handler) -> web.StreamResponse:
         connections.check_protocol(request)
-        if request.match_info.http_exception is None:
+        match = request.match_info
+        if match.http_exception is None:
             check_origin(request)
             check_head(request)
-            if request.match_info.handler is not handlers.list_operations:
+            if match.handler is not handlers.list_operations:
                 check_query(request)
         elif (path := await path_without_slash(request)) is not None:
             return web.Response(status=308, headers={"Location": path})

@@ -225,7 +225,7 @@ class Siding(Lane):
 
     def note(self, wallet: str, outcomes: Iterable[Outcome]) -> None:
         """Note how a wallet fares."""
-        if any(outcome.sqlstate is None or outcome.sqlstate.startswith("WA") for outcome in outcomes):
+        if any(outcome.is_ours() for outcome in outcomes):
             self.wallets.discard(wallet)
         elif len(self.wallets) < SIDING_WALLETS:
             self.wallets.add(wallet)
@@ -299,7 +299,14 @@ def admit_bulk(app: web.Application) -> None:
 async def apply_one(app: web.Application, request: Request) -> Outcome:
     """Apply a request on its wallet's lane. Raises Problem (429), and TimeoutError if its outcome is unknown."""
     lanes = app[LANES]
-    [outcome] = await _apply(app, lanes[hash(request.wallet_uuid) % len(lanes)], [request])
+    lane = lanes[hash(request.wallet_uuid) % len(lanes)]
+    if not app[SIDING].wallets:  # the shorter way for nearly all
+        began = asyncio.get_running_loop().time()
+        [outcome] = await lane.apply([request])
+        if not outcome.is_ours():
+            [outcome] = await _settle(app, [request], [outcome], began)
+        return outcome
+    [outcome] = await _apply(app, lane, [request])
     return outcome
 
 
@@ -309,22 +316,30 @@ async def apply_all(app: web.Application, requests: Sequence[Request]) -> list[O
 
 
 async def _apply(app: web.Application, lane: Lane, requests: Sequence[Request]) -> list[Outcome]:
-    siding = app[SIDING]
-    until = asyncio.get_running_loop().time() + app[SETTINGS].request_deadline
+    """Apply requests on a lane, but for those for wallets in trouble."""
+    began = asyncio.get_running_loop().time()
+    wallets = app[SIDING].wallets
     outcomes = [refused("55P03")] * len(requests)
-    free = [number for number, request in enumerate(requests) if request.wallet_uuid not in siding.wallets]
+    free = [number for number, request in enumerate(requests) if request.wallet_uuid not in wallets]
     if free:
         for number, outcome in zip(free, await lane.apply([requests[number] for number in free]), strict=True):
             outcomes[number] = outcome
+    return await _settle(app, requests, outcomes, began)
 
+
+async def _settle(
+    app: web.Application, requests: Sequence[Request], outcomes: list[Outcome], began: float
+) -> list[Outcome]:
+    """Note what wallets are in trouble, and try on the siding what they keep locked. `began`: on the loop's clock."""
+    siding = app[SIDING]
+    until = began + app[SETTINGS].request_deadline
     locked: dict[str, list[int]] = defaultdict(list)
     for number, outcome in enumerate(outcomes):
-        if outcome.sqlstate is None or outcome.sqlstate.startswith("WA"):
-            continue
-        wallet = requests[number].wallet_uuid
-        siding.note(wallet, [outcome])
-        if outcome.sqlstate == "55P03":
-            locked[wallet].append(number)
+        if not outcome.is_ours():
+            wallet = requests[number].wallet_uuid
+            siding.note(wallet, [outcome])
+            if outcome.sqlstate == "55P03":
+                locked[wallet].append(number)
     waiting = list(islice(locked.values(), SIDING_SHARE))
     if waiting:
         apart = (siding.apply_apart([requests[number] for number in some], until) for some in waiting)

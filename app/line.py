@@ -72,6 +72,10 @@ class Outcome(NamedTuple):
     amount: int
     created_at: str | None
 
+    def is_ours(self) -> bool:
+        """Tell whether it was applied, or refused by the rules of the contract: by no lock and no error of another."""
+        return self.sqlstate is None or self.sqlstate.startswith("WA")
+
     def is_repeat_of(self, request: Request) -> bool:
         """Tell whether this is a duplicate whose record is the very same request."""
         same = (self.operation_type, self.amount) == (request.operation_type, request.amount)

@@ -23,6 +23,7 @@ BODY_TIMEOUT = 5.0
 BODY_RATE = 4096
 """Bytes a second that a body has to come at on average, BODY_TIMEOUT aside."""
 
+JSON = "application/json"
 MAX_INT64 = 2**63 - 1
 _NAME = r"\A[A-Za-z0-9_-]{1,64}\Z"
 WalletUuid = Annotated[str, msgspec.Meta(pattern=_NAME)]
@@ -158,7 +159,23 @@ async def read_body(request: web.Request, decoder: msgspec.json.Decoder[T], limi
 async def receive_body(request: web.Request, limit: int) -> bytes | bytearray:
     """Receive a request's body. Raises Problem: 400 for one that ends early, 408, 413, 415, 429."""
     _check_content_type(request)
-    return await _read(request, limit)
+    try:
+        if (request.content_length or 0) > limit:
+            raise _too_large(limit)
+        if request.content.is_eof():  # it came along with the head, as nearly always: nothing to wait for
+            body: bytes | bytearray = request.content.read_nowait()
+            if len(body) > limit:
+                raise _too_large(limit)
+            return body
+        return await _receive(request, limit)
+    except (web.RequestPayloadError, HttpProcessingError) as error:
+        _forget(error)
+        raise invalid(["body"], "the body does not decode as its headers say") from None
+    except ConnectionError as error:  # nobody will read this
+        _forget(error)
+        raise invalid(["body"], "the body ended before its end") from None
+    except TimeoutError:
+        raise Problem(408, "request_timeout", f"The body did not arrive within {BODY_TIMEOUT:g} seconds") from None
 
 
 def decode_body(body: bytes | bytearray, decoder: msgspec.json.Decoder[T]) -> T:
@@ -248,7 +265,7 @@ def operation_uuid(request: web.Request) -> UUID:
 
 def respond(body: object, status: int = 200, **headers: str) -> web.Response:
     """Return a JSON response."""
-    return web.Response(body=msgspec.json.encode(body), status=status, headers=headers, content_type="application/json")
+    return web.Response(body=msgspec.json.encode(body), status=status, headers=headers, content_type=JSON)
 
 
 def _check_content_type(request: web.Request) -> None:
@@ -257,32 +274,14 @@ def _check_content_type(request: web.Request) -> None:
     A web page of another origin can send a body without a type, or as a form or as text, but not as JSON, without
     asking the browser to ask first (Fetch, section 2.2.2: CORS-safelisted request-header).
     """
-    declared = hdrs.CONTENT_TYPE in request.headers
-    if not declared and not request.can_read_body:
+    declared = request.headers.get(hdrs.CONTENT_TYPE)
+    if declared == JSON:  # as nearly always
         return
-    is_json = request.content_type == "application/json" or request.content_type.endswith("+json")
-    if not declared or not is_json or (request.charset or "utf-8").lower() not in ("utf-8", "utf8", "us-ascii"):
+    if declared is None and not request.can_read_body:
+        return
+    is_json = request.content_type == JSON or request.content_type.endswith("+json")
+    if declared is None or not is_json or (request.charset or "utf-8").lower() not in ("utf-8", "utf8", "us-ascii"):
         raise Problem(415, "unsupported_media_type", "Content-Type must be application/json in UTF-8")
-
-
-async def _read(request: web.Request, limit: int) -> bytes | bytearray:
-    try:
-        if (request.content_length or 0) > limit:
-            raise _too_large(limit)
-        if request.content.is_eof():  # it came along with the head, as nearly always: nothing to wait for
-            body: bytes | bytearray = request.content.read_nowait()
-            if len(body) > limit:
-                raise _too_large(limit)
-            return body
-        return await _receive(request, limit)
-    except (web.RequestPayloadError, HttpProcessingError) as error:
-        _forget(error)
-        raise invalid(["body"], "the body does not decode as its headers say") from None
-    except ConnectionError as error:  # nobody will read this
-        _forget(error)
-        raise invalid(["body"], "the body ended before its end") from None
-    except TimeoutError:
-        raise Problem(408, "request_timeout", f"The body did not arrive within {BODY_TIMEOUT:g} seconds") from None
 
 
 async def _receive(request: web.Request, limit: int) -> bytearray:

@@ -13,10 +13,12 @@ from collections.abc import Callable
 from urllib.parse import urlsplit
 
 from aiohttp import hdrs, web
+from multidict import istr
 
 from app.problems import Problem
 from app.settings import HOST, Settings
 
+SEC_FETCH_SITE = istr("Sec-Fetch-Site")
 OWN_SITES = ("same-origin", "none")
 """What Sec-Fetch-Site says of this service's own pages, and of what a person typed or opened from a bookmark."""
 PAGES = ("/docs", "/docs/")
@@ -30,6 +32,12 @@ def guard(settings: Settings) -> Callable[[web.Request], None]:
     any_host = named is None and not _is_loopback(settings.host)
 
     @functools.lru_cache(1024)
+    def is_known(host: str) -> bool:
+        try:
+            return is_own(*split_host(host))
+        except ValueError:
+            return False
+
     def is_own(host: str, port: int | None) -> bool:
         return (
             _is_loopback_name(host)
@@ -40,9 +48,9 @@ def guard(settings: Settings) -> Callable[[web.Request], None]:
     def check(request: web.Request) -> None:
         headers = request.headers
         own = headers.get(hdrs.HOST)
-        if own is not None and not any_host and not _is_known(own, is_own):
+        if own is not None and not any_host and not is_known(own):
             raise Problem(421, "misdirected_request", "Host is none of this service's names: see ALLOWED_HOSTS")
-        site = headers.get("Sec-Fetch-Site")
+        site = headers.get(SEC_FETCH_SITE)
         if site is not None and site not in OWN_SITES and not _is_link(request):
             raise foreign_origin()
         origin = headers.get(hdrs.ORIGIN)
@@ -68,13 +76,6 @@ def split_host(host: str) -> tuple[str, int | None]:
     if parts is None:
         raise ValueError(f"no host: {host!r}")
     return parts[1].strip("[]"), int(parts[2]) if parts[2] else None
-
-
-def _is_known(host: str, is_own: Callable[[str, int | None], bool]) -> bool:
-    try:
-        return is_own(*split_host(host))
-    except ValueError:
-        return False
 
 
 def _is_link(request: web.Request) -> bool:
