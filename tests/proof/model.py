@@ -202,7 +202,7 @@ uneven_arrays = (
     )
 )
 NO_JSON = [b"", b"{", b"\xff", b"{} {}", b"[]", b"null", b'"text"', b"{}", b"[" * 20_000]
-WRONG_AMOUNTS: list[Any] = [0, -1, MAX + 1, 10**400, 1.0, 1.5, "1", True, None, [], float("nan")]
+WRONG_AMOUNTS: list[Any] = [0, -1, MAX + 1, 10**400, 1.5, 1.5, "1", True, None, [], float("nan")]
 WRONG_FIELDS: list[dict[str, Any]] = [
     *({"amount": amount} for amount in WRONG_AMOUNTS),
     *({"operation_type": kind} for kind in ("deposit", "", None, 1, ["DEPOSIT"])),
