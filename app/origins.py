@@ -29,7 +29,6 @@ def guard(settings: Settings) -> Callable[[web.Request], None]:
     named = settings.allowed_hosts
     any_host = named is None and not _is_loopback(settings.host)
 
-    @functools.lru_cache(1024)
     def is_own(host: str, port: int | None) -> bool:
         return (
             _is_loopback_name(host)
@@ -37,10 +36,17 @@ def guard(settings: Settings) -> Callable[[web.Request], None]:
             or any(host == name and wanted in (None, port) for name, wanted in map(split_host, names(named)))
         )
 
+    @functools.lru_cache(1024)
+    def is_known(header: str) -> bool:
+        try:
+            return is_own(*split_host(header))
+        except ValueError:
+            return False
+
     def check(request: web.Request) -> None:
         headers = request.headers
         own = headers.get(hdrs.HOST)
-        if own is not None and not any_host and not _is_known(own, is_own):
+        if own is not None and not any_host and not is_known(own):
             raise Problem(421, "misdirected_request", "Host is none of this service's names: see ALLOWED_HOSTS")
         site = headers.get("Sec-Fetch-Site")
         if site is not None and site not in OWN_SITES and not _is_link(request):
@@ -68,13 +74,6 @@ def split_host(host: str) -> tuple[str, int | None]:
     if parts is None:
         raise ValueError(f"no host: {host!r}")
     return parts[1].strip("[]"), int(parts[2]) if parts[2] else None
-
-
-def _is_known(host: str, is_own: Callable[[str, int | None], bool]) -> bool:
-    try:
-        return is_own(*split_host(host))
-    except ValueError:
-        return False
 
 
 def _is_link(request: web.Request) -> bool:

@@ -306,7 +306,7 @@ async def test_a_connection_may_idle_between_requests(client: TestClient, monkey
     reader, writer = await asyncio.open_connection(client.host, client.port)
     for _ in range(2):
         await asyncio.sleep(0.5)
-        writer.write(head("/healthz", method="GET"))
+        writer.write(head("/healthz", method="GET") + b"\r\n")  # an empty line too many is no head
         assert (await reader.readuntil(b'{"status":"ok"}')).split()[1] == b"200"
     writer.close()
 
