@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 
-from app import embedded, settings
+from app import database_url, embedded, settings
 
 USAGE = "usage: python -m app [psql [argument ...]]"
 
@@ -36,6 +36,7 @@ def main(arguments: list[str]) -> int:
 
 def serve(configured: settings.Settings) -> None:
     """Serve until told to stop. The folder in which workers share metrics must be there before prometheus-client is."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # now: PID 1 is deaf without, and the import takes long
     with contextlib.ExitStack() as stack:
         if configured.workers > 1:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="wallet-metrics-"))
@@ -48,15 +49,18 @@ def serve(configured: settings.Settings) -> None:
 def psql(configured: settings.Settings, arguments: list[str]) -> int:
     """Run psql on the service's database, as the role that the service logs in as; `-U postgres` for the superuser."""
     from app.migrations import LOGIN
-    from app.supervisor import start_embedded
+    from app.supervisor import embedded_postgres, start_embedded
 
     if configured.database_url is not None:
         program = shutil.which("psql") or str(embedded.BINARIES / "psql")
-        return subprocess.call([program, "--dbname", configured.database_url, *arguments])
+        url, password = database_url.without_password(configured.database_url)
+        secret = {} if password is None else {"PGPASSWORD": password}  # everybody may read a command line
+        return subprocess.call([program, "--dbname", url, *arguments], env=os.environ | secret)
+    embedded.forget_server(os.environ)
     with contextlib.ExitStack() as stack:
         running = embedded.running_server(configured.wallet_data_dir)
         if running is None:
-            postgres = embedded.Postgres(configured.wallet_data_dir)
+            postgres = embedded_postgres(configured)
             stack.callback(postgres.stop)
             start_embedded(postgres, configured)
             running = embedded.running_server(configured.wallet_data_dir)

@@ -9,9 +9,20 @@ from app import connections, database, docs, handlers, lanes, metrics, origins
 from app.access import access_log, answer
 from app.database import SETTINGS
 from app.messages import ROOM, Room, check_head, check_query
+from app.problems import DATABASE_REFUSED, REFUSALS
 from app.settings import Settings
+from app.turns import Turns
 
 MIB = 1024 * 1024
+
+OPERATION_TYPES = ("DEPOSIT", "WITHDRAW")
+"""The types of operations that clients ask for."""
+OUTCOMES = (
+    "applied",
+    *(code for sqlstate, (_, code) in REFUSALS.items() if sqlstate not in ("WA414", "WA419")),
+    DATABASE_REFUSED[1],
+)
+"""What may come of an operation."""
 
 
 def make_app(settings: Settings) -> web.Application:
@@ -19,6 +30,7 @@ def make_app(settings: Settings) -> web.Application:
     app = web.Application(middlewares=[doors(settings)], handler_args={"auto_decompress": False})
     app[SETTINGS] = settings
     app[ROOM] = Room(settings.body_memory * MIB)
+    app[handlers.TURNS] = Turns()
     app.cleanup_ctx.extend([access_log, database.pool, lanes.lanes])
     routes = [  # the router tries those that share a prefix in this order
         web.post("/api/v1/wallets/{wallet_uuid}/operation", handlers.apply_operation),
@@ -35,6 +47,7 @@ def make_app(settings: Settings) -> web.Application:
     for route in routes:
         route.kwargs["expect_handler"] = expect
     app.router.add_routes(routes)
+    metrics.begin_at_zero(app.router, OPERATION_TYPES, OUTCOMES)
     connections.keep(app, settings, partial(answer, app))
     return app
 

@@ -18,7 +18,7 @@ from asyncpg.connect_utils import SessionAttribute
 from app.messages import Operation, Wallet
 from app.metrics import POOL_IN_USE
 from app.problems import NO_ANSWER, Refusal
-from app.settings import Settings, StartupError
+from app.settings import Settings
 
 CONTRACT = 2
 """The least wallet.contract_version() that this service works with."""
@@ -222,35 +222,6 @@ async def pool(app: web.Application) -> AsyncIterator[None]:
     yield
     giving_back.cancel()
     app[POOL].close()
-
-
-async def check(settings: Settings) -> None:
-    """See that a database can serve this service. Raises StartupError: unreachable, read-only, unsafe, not migrated."""
-    assert settings.database_url is not None
-    try:
-        connection = await connect(settings.database_url, settings.request_deadline)
-    except TimeoutError:
-        raise StartupError(f"cannot reach the database: no answer within {CONNECT_TIMEOUT:g} seconds") from None
-    except asyncpg.TargetServerAttributeNotMatched:
-        raise StartupError("none of the hosts in DATABASE_URL takes writes") from None
-    except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
-        raise StartupError(f"cannot reach the database: {' '.join(str(error).split())}") from None
-    except ValueError:  # its text may hold a piece of the password
-        raise StartupError(
-            "cannot reach the database: DATABASE_URL is no URI; are special characters in its password percent-encoded?"
-        ) from None
-    try:
-        if not await is_writable(connection):
-            raise StartupError("the database is read-only: a standby, or default_transaction_read_only is on")
-        if not settings.allow_fsync_off and await connection.fetchval("show fsync") == "off":
-            raise StartupError("the database has fsync = off: a crash of its machine would lose answered operations")
-        if not await is_migrated(connection):
-            raise StartupError(
-                "the database is not migrated, or its user is no member of wallet_app: "
-                "run dbmate --env-file dbmate.env migrate"
-            )
-    finally:
-        await connection.close()
 
 
 async def is_writable(connection: Any) -> bool:

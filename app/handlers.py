@@ -18,14 +18,18 @@ from app.messages import (
     Page,
     Refused,
     Results,
+    decode_body,
     operation_uuid,
     read_body,
     read_query,
+    receive_body,
     respond,
     wallet_uuid,
 )
 from app.problems import NO_SUCCESS, RETRY, Problem, code_of, refusal, unavailable
+from app.turns import Turns
 
+TURNS = web.AppKey("turns", Turns)
 READY_TIMEOUT = 2.0
 """Seconds that the database has to answer a readiness check."""
 
@@ -61,10 +65,12 @@ async def apply_operation(request: web.Request) -> web.Response:
 
 async def apply_operations(request: web.Request) -> web.Response:
     """POST /api/v1/operations"""
-    new = await read_body(request, _new_operations, BULK_BODY_LIMIT)
-    asked = [Request(o.wallet_uuid, o.operation_uuid, o.operation_type, o.amount) for o in new.operations]
+    turns = request.app[TURNS]
+    lanes.admit_bulk(request.app)
+    body = await receive_body(request, BULK_BODY_LIMIT)
+    asked = await turns.take(lambda: _requests(body))
     outcomes = await lanes.apply_all(request.app, asked)
-    return respond(Results([_result(o, outcome) for o, outcome in zip(asked, outcomes, strict=True)]))
+    return await turns.take(lambda: respond(Results(list(map(_result, asked, outcomes)))))
 
 
 async def list_operations(request: web.Request) -> web.Response:
@@ -98,6 +104,11 @@ async def readyz(request: web.Request) -> web.Response:
     if not migrated:
         raise Problem(503, "not_migrated", "The database is not migrated", headers=RETRY)
     return respond({"status": "ok"})
+
+
+def _requests(body: bytes | bytearray) -> list[Request]:
+    operations = decode_body(body, _new_operations).operations
+    return [Request(o.wallet_uuid, o.operation_uuid, o.operation_type, o.amount) for o in operations]
 
 
 def _result(asked: Request, outcome: Outcome) -> Applied | Refused:

@@ -35,6 +35,8 @@ BULK_LINES = 2
 """Connections for bulk requests in each worker."""
 BULK_BATCH = 4096
 """Operations in a call that several bulk requests share, at most. A larger request goes by itself."""
+BULK_PATIENCE = 5
+"""Times that a bulk call waits for locks as long as others do: what it waits for may be another bulk call."""
 LINGER = 0.005
 """Seconds that bulk requests wait, at most, for others to share a call while another call is under way."""
 HEADROOM = 0.1
@@ -44,6 +46,10 @@ With less, after an outage as long as the deadline, the oldest request of each c
 """
 SIDING_HEADROOM = 2 * HEADROOM
 """The same for requests on the siding, whose calls take as long as a lock_timeout."""
+SIDING_PATIENCE = 2.5
+"""Times that a call of the siding waits for a lock as long as others do: a wallet may be in the hands of long calls."""
+SIDING_SHARE = 100
+"""Wallets for which one bulk request may wait on the siding; what it wants of more is not applied at once."""
 SIDING_WALLETS = 10_000
 """Wallets that are known to be in trouble, at most."""
 GAUGE_INTERVAL = 0.5
@@ -95,9 +101,13 @@ class Lane:
             self._timer = self._loop.call_at(waiting.until, self._watch)
         return waiting.outcomes
 
-    def _admit(self) -> None:
+    def see_room(self) -> None:
+        """Raise Problem (429) if too many clients wait already."""
         if len(self._waiting) >= self._limit:
             raise overloaded()
+
+    def _admit(self) -> None:
+        self.see_room()
         self._arrived.set()
         if not self._counting:
             self._counting = True
@@ -281,6 +291,11 @@ def overloaded() -> Problem:
     return Problem(429, "overloaded", "Too many requests are waiting", headers={"Retry-After": "1"})
 
 
+def admit_bulk(app: web.Application) -> None:
+    """Raise Problem (429) if too many bulk requests wait, before another one is received."""
+    app[BULK].see_room()
+
+
 async def apply_one(app: web.Application, request: Request) -> Outcome:
     """Apply a request on its wallet's lane. Raises Problem (429), and TimeoutError if its outcome is unknown."""
     lanes = app[LANES]
@@ -310,9 +325,10 @@ async def _apply(app: web.Application, lane: Lane, requests: Sequence[Request]) 
         siding.note(wallet, [outcome])
         if outcome.sqlstate == "55P03":
             locked[wallet].append(number)
-    if locked:
-        apart = (siding.apply_apart([requests[number] for number in some], until) for some in locked.values())
-        for some, found in zip(locked.values(), await asyncio.gather(*apart), strict=True):
+    waiting = list(islice(locked.values(), SIDING_SHARE))
+    if waiting:
+        apart = (siding.apply_apart([requests[number] for number in some], until) for some in waiting)
+        for some, found in zip(waiting, await asyncio.gather(*apart), strict=True):
             for number, outcome in zip(some, found, strict=True):
                 outcomes[number] = outcome
     return outcomes
@@ -327,7 +343,8 @@ async def lanes(app: web.Application) -> AsyncIterator[None]:
     siding = Siding(settings.lane_queue, deadline)
     app[LANES], app[BULK], app[SIDING] = lanes, bulk, siding
     kept = [(lane, Line(settings)) for lane in lanes]
-    lent = [(lane, Line(settings)) for lane in (*[bulk] * BULK_LINES, siding)]
+    lent = [(bulk, Line(settings, BULK_PATIENCE)) for _ in range(BULK_LINES)]
+    lent.append((siding, Line(settings, SIDING_PATIENCE)))
     tasks = [asyncio.create_task(lane.run(line)) for lane, line in kept]
     tasks += [asyncio.create_task(lane.run(line, IDLE)) for lane, line in lent]
     yield

@@ -100,10 +100,11 @@ class Line:
     duplicate of the very same request, and is the success that it is.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, patience: float = 1) -> None:
         assert settings.database_url is not None
         self._url = settings.database_url
         self._deadline = settings.request_deadline
+        self._lock_timeout = patience * min(LOCK_TIMEOUT, LOCK_SHARE * settings.request_deadline)
         self._connection: Any = None
         self._backend: asyncpg.Record | None = None
         self._abandoned: asyncpg.Record | None = None
@@ -216,8 +217,9 @@ class Line:
         try:
             if self._connection is None or self._connection.is_closed():
                 self._clock = None
-                lock_timeout = min(LOCK_TIMEOUT, LOCK_SHARE * self._deadline)
-                self._connection = await connect(self._url, self._deadline, "wallet lane", lock_timeout=lock_timeout)
+                self._connection = await connect(
+                    self._url, self._deadline, "wallet lane", lock_timeout=self._lock_timeout
+                )
                 self._connection.add_log_listener(_log_warning)
                 self._backend = await self._connection.fetchrow(
                     "select pid, backend_start from pg_stat_activity where pid = pg_backend_pid()"

@@ -1,13 +1,20 @@
 """Logs on standard error: JSON lines for machines, short ones on a terminal. No bodies, no amounts, no credentials."""
 
 import asyncio
+import fcntl
 import logging
-import sys
+import os
+import select
+import signal
+import stat
+import threading
 from contextvars import ContextVar
 from datetime import UTC, datetime
 
 import msgspec
 from aiohttp.web import RequestPayloadError
+
+from app.metrics import LINES_DROPPED
 
 REQUEST_ID: ContextVar[str | None] = ContextVar("request_id", default=None)
 """The id of the request that is being handled."""
@@ -15,15 +22,20 @@ FIELDS = ("sqlstate", "code")
 """What a record may carry beside its message."""
 FLUSH_INTERVAL = 0.1
 """Seconds that an access line may wait to be written with others."""
+WAITING_LIMIT = 4 * 1024 * 1024
+"""Bytes of lines that may wait for whoever reads standard error; lines that come then are dropped."""
+LAST_LINES = 1.0
+"""Seconds that the last lines have to be written when a process ends."""
 
 log = logging.getLogger("wallet")
 
 
 def configure(level: str) -> None:
-    """Send everything from this level on to standard error, one line a record."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(TerminalFormatter() if sys.stderr.isatty() else JsonFormatter())
-    logging.basicConfig(level=level, handlers=[handler], force=True)
+    """Send everything from this level on to standard error, one line a record. Each process calls it for itself."""
+    global _standard_error
+    turn = os.memfd_create("turn") if _standard_error.turn is None else _standard_error.turn
+    _standard_error = StandardError(2, turn)
+    logging.basicConfig(level=level, handlers=[Handler()], force=True)
     logging.getLogger("asyncio").setLevel(logging.WARNING)
     logging.getLogger("aiohttp.server").addFilter(is_not_bad_body)
 
@@ -34,6 +46,143 @@ def is_not_bad_body(record: logging.LogRecord) -> bool:
     aiohttp reads on after that answer, meets the same error again and logs it with its traceback.
     """
     return not (record.exc_info and isinstance(record.exc_info[1], RequestPayloadError))
+
+
+def finish() -> None:
+    """Wait a little for the last lines to be written."""
+    _standard_error.finish()
+
+
+class StandardError:
+    """Standard error, as a file that never makes a process wait: a reader that stalls loses lines, which are counted.
+
+    Where a write may block cannot be told beforehand (others write to the same pipe, a terminal is stopped), so a
+    thread writes. It ends when nothing is left, so that the supervisor, which forks, has none as a rule. Processes that
+    share the file take turns, by a lock on `turn`: what a pipe does not hold at once would be mixed with others' lines.
+    """
+
+    def __init__(self, descriptor: int, turn: int | None) -> None:
+        self._descriptor = descriptor
+        self.turn = turn
+        self._lock = threading.Lock()
+        self._waiting: list[bytes] = []
+        self._size = 0
+        self._dropped = 0
+        self._thread: threading.Thread | None = None
+
+    def write(self, lines: bytes, number: int = 1) -> None:
+        """Have a number of lines written, or drop them if too much waits already."""
+        with self._lock:
+            if self._size + len(lines) > WAITING_LIMIT:
+                self._drop(number)
+                return
+            self._waiting.append(lines)
+            self._size += len(lines)
+            if self._thread is not None:
+                return
+            self._thread = threading.Thread(target=self._run, name="standard error", daemon=True)
+            # A signal that the thread got would be missed by whoever waits for it.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+            try:
+                self._thread.start()
+            except RuntimeError:  # no more threads are to be had: the next line tries again
+                self._thread = None
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def finish(self) -> None:
+        """Wait up to LAST_LINES seconds until all is written."""
+        thread = self._thread
+        if thread is not None:
+            thread.join(LAST_LINES)
+
+    def _drop(self, number: int) -> None:
+        self._dropped += number
+        LINES_DROPPED.inc(number)
+
+    def _run(self) -> None:
+        size = 0
+        while True:
+            with self._lock:
+                self._size -= size
+                lines = b"".join(self._waiting)
+                size, dropped = len(lines), self._dropped
+                self._waiting.clear()
+                self._dropped = 0
+                if not lines and not dropped:
+                    self._thread = None
+                    return
+            left = self._write(lines + _told(dropped))
+            if left:
+                with self._lock:
+                    self._size -= size
+                    self._dropped += dropped
+                    self._drop(left.count(b"\n") - bool(dropped))
+                    self._thread = None
+                    return
+
+    def _write(self, lines: bytes) -> bytes:
+        """Write lines, however long that takes, and return what cannot be: nobody will ever read it, a full disk."""
+        if self.turn is not None:
+            fcntl.lockf(self.turn, fcntl.LOCK_EX)  # the kernel lets go of it when a process ends
+        while lines:
+            try:
+                lines = lines[os.write(self._descriptor, lines) :]
+            except BlockingIOError:  # somebody else has set the file so
+                writable = select.poll()
+                writable.register(self._descriptor, select.POLLOUT)
+                writable.poll()
+            except OSError:
+                break
+        if self.turn is not None:
+            fcntl.lockf(self.turn, fcntl.LOCK_UN)
+        return lines
+
+
+_standard_error = StandardError(2, None)
+
+
+def _told(dropped: int) -> bytes:
+    """Return the line that tells of lines that were dropped before it, if any were."""
+    if not dropped:
+        return b""
+    text = "%d log lines were dropped: standard error was not read"
+    record = logging.LogRecord(log.name, logging.WARNING, __file__, 0, text, (dropped,), None)
+    return f"{_formatter().format(record)}\n".encode()
+
+
+def _formatter() -> logging.Formatter:
+    return TerminalFormatter() if os.isatty(2) else JsonFormatter()
+
+
+def tell(message: str) -> None:
+    """Write a message as a record, whatever the level."""
+    record = logging.LogRecord(log.name, logging.INFO, __file__, 0, message, None, None)
+    _standard_error.write(f"{_formatter().format(record)}\n".encode())
+
+
+def share_a_pipe(one: int, other: int) -> bool:
+    """Tell whether two open files are one pipe or one socket."""
+    try:
+        found = os.fstat(one)
+        return os.path.samestat(found, os.fstat(other)) and stat.S_IFMT(found.st_mode) in (stat.S_IFIFO, stat.S_IFSOCK)
+    except OSError:  # closed
+        return False
+
+
+class Handler(logging.Handler):
+    """What writes the records of Python's logging."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.setFormatter(_formatter())
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Have a record written."""
+        try:
+            _standard_error.write(f"{self.format(record)}\n".encode(errors="backslashreplace"))
+        except Exception:
+            self.handleError(record)
 
 
 class JsonFormatter(logging.Formatter):
@@ -84,7 +233,7 @@ class AccessLog:
 
     def __init__(self) -> None:
         self.enabled = log.isEnabledFor(logging.INFO)
-        self._encode = terminal_lines if sys.stderr.isatty() else msgspec.json.Encoder().encode_lines
+        self._encode = terminal_lines if os.isatty(2) else msgspec.json.Encoder().encode_lines
         self._lines: list[AccessLine] = []
 
     def add(self, line: AccessLine) -> None:
@@ -97,8 +246,7 @@ class AccessLog:
         """Write the lines that wait."""
         if self._lines:
             lines, self._lines = self._lines, []
-            sys.stderr.buffer.write(self._encode(lines))
-            sys.stderr.buffer.flush()
+            _standard_error.write(self._encode(lines), len(lines))
 
 
 def terminal_lines(lines: list[AccessLine]) -> bytes:

@@ -151,9 +151,18 @@ ROOM = web.AppKey("room", Room)
 
 
 async def read_body(request: web.Request, decoder: msgspec.json.Decoder[T], limit: int = BODY_LIMIT) -> T:
-    """Decode a request's body. Raises Problem: 400 for bad JSON or bad values, 408, 413, 415, 429."""
+    """Receive and decode a request's body. Raises Problem as these two do."""
+    return decode_body(await receive_body(request, limit), decoder)
+
+
+async def receive_body(request: web.Request, limit: int) -> bytes | bytearray:
+    """Receive a request's body. Raises Problem: 400 for one that ends early, 408, 413, 415, 429."""
     _check_content_type(request)
-    body = await _read(request, limit)
+    return await _read(request, limit)
+
+
+def decode_body(body: bytes | bytearray, decoder: msgspec.json.Decoder[T]) -> T:
+    """Decode a request's body. Raises Problem (400) for bad JSON or bad values."""
     try:
         try:
             return decoder.decode(body)

@@ -7,6 +7,7 @@ supervisor sets before this module is imported.
 import os
 import platform
 import time
+from collections.abc import Iterable
 from importlib.metadata import version
 
 from aiohttp import web
@@ -47,6 +48,7 @@ BATCH_SIZE = Histogram(
 CALLS_IN_FLIGHT = Gauge("wallet_calls_in_flight", "Calls under way that change wallets.", multiprocess_mode="livesum")
 RESENDS = Counter("wallet_resends", "Calls made again because an earlier one failed or was lost.")
 POOL_IN_USE = Gauge("wallet_pool_in_use", "Connections of the pool that are lent.", multiprocess_mode="livesum")
+LINES_DROPPED = Counter("wallet_log_lines_dropped", "Log lines dropped because nobody read standard error.")
 BUILD_INFO = Gauge("wallet_build_info", "Always 1.", ["python", "aiohttp", "asyncpg"], multiprocess_mode="livemax")
 BUILD_INFO.labels(platform.python_version(), version("aiohttp"), version("asyncpg")).set(1)
 
@@ -55,6 +57,23 @@ MAX_AGE = 1.0
 """Seconds for which the values that were collected once are told again: to collect them holds up everybody."""
 
 _collected = (b"", -MAX_AGE)
+
+
+def begin_at_zero(router: web.UrlDispatcher, types: Iterable[str], outcomes: Iterable[str]) -> None:
+    """Make the series that alerts look at, of the routes of the API and the health checks.
+
+    A series begins with its first event otherwise, and the rate of one that begins at 800 is 0.
+    """
+    for route in router.routes():
+        path = route.resource.canonical if route.resource is not None else ""
+        if path.startswith("/api/") or path in ("/healthz", "/readyz"):
+            for status in (500, 503) if route.method in ("GET", "HEAD") else (429, 500, 503):
+                REQUEST_SECONDS.labels(route.method, path, status)
+            if route.method != "HEAD":
+                REQUEST_SECONDS.labels(route.method, path, 200)
+    for operation_type in types:
+        for outcome in outcomes:
+            OPERATIONS.labels(operation_type, outcome)
 
 
 async def metrics(_request: web.Request) -> web.Response:

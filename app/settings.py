@@ -7,6 +7,8 @@ from pathlib import Path
 
 import msgspec
 
+from app import database_url
+
 CHECKOUT = Path(__file__).resolve().parent.parent
 
 
@@ -22,7 +24,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """What can be set; each field is the environment variable of the same name in capitals."""
 
     database_url: str | None = None
-    """The PostgreSQL to use, as a libpq URI; none: an embedded one."""
+    """The PostgreSQL to use, as a URI in the dialect of app/database_url.py; none: an embedded one."""
     wallet_data_dir: Path = CHECKOUT / ".wallet"
     """Where the embedded PostgreSQL keeps its data."""
     host: str = "127.0.0.1"
@@ -52,7 +54,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     allow_fsync_off: bool = False
     """Whether to start on a database with fsync = off, which loses answered operations if its machine crashes."""
     log_level: str = "INFO"
-    """DEBUG, INFO (a line a request), WARNING or ERROR."""
+    """DEBUG, INFO (a line a request), WARNING or ERROR, in any case."""
     shutdown_timeout: float = 30.0
     """Seconds that requests in flight have to finish once the service is told to stop."""
 
@@ -95,6 +97,13 @@ def from_environment(environment: Mapping[str, str] = os.environ) -> Settings:
     for name in (settings.allowed_hosts or "").split(","):
         if name.strip() and not HOST.fullmatch(name.strip()):
             raise StartupError(f"ALLOWED_HOSTS: must be names like wallet.example or wallet.example:8443, not {name}")
-    if settings.log_level not in ("DEBUG", "INFO", "WARNING", "ERROR"):
-        raise StartupError(f"LOG_LEVEL: must be DEBUG, INFO, WARNING or ERROR, not {settings.log_level}")
-    return settings
+    level = settings.log_level.upper()
+    if level not in ("DEBUG", "INFO", "WARNING", "ERROR"):
+        raise StartupError(f"LOG_LEVEL: must be DEBUG, INFO, WARNING or ERROR, not {settings.log_level!r}")
+    url = settings.database_url
+    if url is not None:
+        try:
+            url = database_url.normalised(url)
+        except ValueError as error:
+            raise StartupError(f"cannot use the database: DATABASE_URL {error}") from None
+    return msgspec.structs.replace(settings, log_level=level, database_url=url)

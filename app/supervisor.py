@@ -2,11 +2,14 @@
 
 import asyncio
 import contextlib
+import functools
 import gc
+import logging
 import multiprocessing
 import os
 import signal
 import socket
+import sys
 import time
 from multiprocessing.process import BaseProcess
 
@@ -15,16 +18,23 @@ import uvloop
 from aiohttp import web
 from prometheus_client.multiprocess import mark_process_dead
 
-from app import database, logs
+from app import logs, preconditions
 from app.application import make_app
 from app.connections import raise_file_limit
-from app.embedded import Postgres, die_with_parent
+from app.embedded import Postgres, die_with_parent, forget_server
 from app.migrations import LOGIN, bring_up_to_date
+from app.preconditions import sessions
 from app.settings import Settings, StartupError
 
 BACKLOG = 1024
 """Connections that may wait to be accepted."""
+OTHER_SESSIONS = 20
+"""Sessions of the embedded server for psql, superusers (who have 3 of them to themselves) and programs of others."""
 
+LOOK_AT_LOG = 10.0
+"""Seconds between looks at how large PostgreSQL's log is."""
+
+_log = logging.getLogger("wallet")
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)
 _fork = multiprocessing.get_context("fork")
 
@@ -33,16 +43,17 @@ def serve(settings: Settings) -> None:
     """Serve until SIGINT or SIGTERM. Raises StartupError if that cannot begin."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the workers run, both interrupt the start
     raise_file_limit()
+    logs.configure(settings.log_level)
     with contextlib.ExitStack() as stack:
+        stack.callback(logs.finish)
         sockets = [stack.enter_context(listening) for listening in listen(settings)]
         postgres = None
         if settings.database_url is None:
-            postgres = Postgres(settings.wallet_data_dir)
+            postgres = embedded_postgres(settings)
             stack.callback(postgres.stop)
             settings = start_embedded(postgres, settings)
-        assert settings.database_url is not None
-        asyncio.run(database.check(settings))
-        announce(settings, postgres)
+        asyncio.run(preconditions.check(settings))
+        announce(settings, sockets[0], postgres)
         supervise(settings, sockets, postgres)
 
 
@@ -55,46 +66,72 @@ def listen(settings: Settings) -> list[socket.socket]:
         family, _, _, _, address = socket.getaddrinfo(
             settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        alone = socket.create_server(address[:2], family=family, backlog=BACKLOG)
+        both = address[0] == "::" and socket.has_dualstack_ipv6()  # any address: IPv4's too
+        bind = functools.partial(socket.create_server, address, family=family, backlog=BACKLOG, dualstack_ipv6=both)
+        alone = bind()
         if settings.workers == 1:
             return [alone]
         alone.close()
-        return [
-            socket.create_server(address[:2], family=family, backlog=BACKLOG, reuse_port=True)
-            for _ in range(settings.workers)
-        ]
+        return [bind(reuse_port=True) for _ in range(settings.workers)]
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
-        raise StartupError(f"cannot listen on {settings.host}:{settings.port}: {reason}") from None
+        raise StartupError(f"cannot listen on {_authority(settings.host, settings.port)}: {reason}") from None
+
+
+def _authority(host: str, port: int) -> str:
+    """Return host and port as they stand in a URL: an IPv6 address in brackets (RFC 3986, section 3.2.2)."""
+    return f"[{host.replace('%', '%25')}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def embedded_postgres(settings: Settings) -> Postgres:
+    """Return the embedded server, not started, with room for all sessions of these settings and others' beside them."""
+    room = max(sessions(settings) + OTHER_SESSIONS, 100)
+    return Postgres(settings.wallet_data_dir, f"max_connections={room}")
 
 
 def start_embedded(postgres: Postgres, settings: Settings) -> Settings:
-    """Start the embedded database, bring it up to date and return the settings that name it."""
+    """Start the embedded database, bring it up to date and return the settings that name it.
+
+    From here on this process and its children know of no other server: asyncpg reads the environment too.
+    """
+    forget_server(os.environ)
     postgres.start()
     asyncio.run(bring_up_to_date(postgres))
     return msgspec.structs.replace(settings, database_url=postgres.url(LOGIN))
 
 
-def announce(settings: Settings, postgres: Postgres | None) -> None:
-    """Print where the service listens, where its data lies and what to try."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(settings.host, settings.host)
-    url = f"http://{host}:{settings.port}"
-    print(f"Listening on {url}")
-    print(f"Data in {postgres.home} (embedded PostgreSQL)" if postgres else "Data in the PostgreSQL of DATABASE_URL")
-    print(f"Try: curl {url}/api/v1/wallets/1111111111", flush=True)
+def announce(settings: Settings, listening: socket.socket, postgres: Postgres | None) -> None:
+    """Say where the service listens, where its data lies and what to try.
+
+    That is for people, on standard output; where both outputs are one pipe, a program reads the log there, which then
+    has it as records.
+    """
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(listening.getsockname()[0], settings.host)
+    url = f"http://{_authority(host, settings.port)}"
+    say = logs.tell if logs.share_a_pipe(1, 2) else print
+    say(f"Listening on {url}")
+    say(f"Data in {postgres.home} (embedded PostgreSQL)" if postgres else "Data in the PostgreSQL of DATABASE_URL")
+    say(f"Try: curl {url}/api/v1/wallets/1111111111")
+    sys.stdout.flush()
 
 
 def supervise(settings: Settings, sockets: list[socket.socket], postgres: Postgres | None) -> None:
     """Run a worker on each socket, start again what ends by itself, and return when a signal says so."""
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     workers = [start_worker(settings, listening) for listening in sockets]
-    while signal.sigwait(_SIGNALS) == signal.SIGCHLD:
-        if postgres is not None and not postgres.is_running():
-            print("PostgreSQL ended; starting it again", flush=True)
-            postgres.start()
+    while (happened := signal.sigtimedwait(_SIGNALS, LOOK_AT_LOG)) is None or happened.si_signo == signal.SIGCHLD:
+        if postgres is not None:
+            if not postgres.is_running():
+                _log.error("PostgreSQL ended; starting it again")
+                try:
+                    postgres.start()
+                except StartupError as error:
+                    _log.critical("PostgreSQL does not start again: %s", error)
+                    raise SystemExit(1) from None
+            postgres.bound_log()
         for number, worker in enumerate(workers):
             if not worker.is_alive():
-                print(f"Worker {worker.pid} ended with {worker.exitcode}; starting another", flush=True)
+                _log.error("worker %s ended with %s; starting another", worker.pid, worker.exitcode)
                 time.sleep(0.5)
                 if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
                     mark_process_dead(worker.pid)  # type: ignore[no-untyped-call]
@@ -123,17 +160,25 @@ def work(settings: Settings, listening: socket.socket, supervisor: int) -> None:
     if os.getppid() != supervisor:
         return
     os.setsid()  # a Ctrl-C is for the supervisor, which then stops the workers in its turn
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
     logs.configure(settings.log_level)
     spare_the_collector()
-    web.run_app(
-        make_app(settings),
-        sock=listening,
-        loop=uvloop.new_event_loop(),
-        print=None,
-        access_log=None,
-        shutdown_timeout=settings.shutdown_timeout,
-    )
+    try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+        web.run_app(
+            make_app(settings),
+            sock=listening,
+            loop=uvloop.new_event_loop(),
+            print=None,
+            access_log=None,
+            shutdown_timeout=settings.shutdown_timeout,
+        )
+    except KeyboardInterrupt:  # before it served
+        pass
+    except Exception:
+        _log.exception("a worker failed")
+        raise SystemExit(1) from None
+    finally:
+        logs.finish()
 
 
 def spare_the_collector() -> None:

@@ -28,9 +28,9 @@ begin;
 
 set local search_path = pg_catalog, pg_temp;
 
--- Nobody may write into the old tables, nor into the new ones, until all is moved.
+-- Nobody may write into the old tables, nor into the new ones (each operation locks its wallet), until all is moved.
 lock table public.wallet, public.wallet_transaction in share mode;
-lock table wallet.wallet, wallet.operation in exclusive mode;
+lock table wallet.wallet in exclusive mode;
 
 create temporary table choice on commit drop as
 select

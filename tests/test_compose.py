@@ -24,6 +24,7 @@ import pytest
 import yaml
 
 from app.embedded import BINARIES, Postgres
+from app.settings import Settings
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 COMPOSE = yaml.safe_load((CHECKOUT / "compose.yaml").read_text())
@@ -34,8 +35,8 @@ INSTRUCTIONS = [
     if line and not line.startswith("#")
 ]
 WALLETS = ["1111111111", "2222222222", "3333333333", "4444444444", "5555555555"]
-LOGIN_SQL = "/docker-entrypoint-initdb.d/login.sql"
-PATH = os.pathsep.join([str(Path(sys.executable).parent), os.defpath])
+PATH = os.pathsep.join([str(Path(sys.executable).parent), str(BINARIES), os.defpath])
+TESTDATA = ["-d", "db/testdata", "--migrations-table", "wallet_testdata_migrations"]
 
 
 def dockerfile(instruction: str) -> list[str]:
@@ -44,19 +45,25 @@ def dockerfile(instruction: str) -> list[str]:
 
 
 def interpolate(text: str, variables: dict[str, str]) -> str:
-    """Replace ${NAME:-default} as compose does."""
-    return re.sub(r"\$\{(\w+):-([^}]*)\}", lambda found: variables.get(found[1]) or found[2], text)
+    """Replace ${NAME:-default} and $$ as compose does."""
+    return re.sub(
+        r"\$\{(\w+):-([^}]*)\}|\$\$",
+        lambda found: (variables.get(found[1]) or found[2]) if found[1] else "$",
+        text,
+    )
 
 
 def environment(service: dict[str, Any], variables: dict[str, str]) -> dict[str, str]:
     """Return the environment that compose gives to a container of our image."""
     image = dict(pair.split("=", 1) for arguments in dockerfile("ENV") for pair in shlex.split(arguments))
-    return image | {name: interpolate(value, variables) for name, value in service["environment"].items()}
+    given = {name: value for name, value in service["environment"].items() if value is not None}
+    passed_on = {name: variables[name] for name in service["environment"].keys() - given.keys() if name in variables}
+    return image | {name: interpolate(value, variables) for name, value in given.items()} | passed_on
 
 
 def probe(test: str | list[str]) -> list[str]:
     """Return the command of a health check in the form that needs no shell."""
-    command = json.loads(test.split("CMD", 1)[1]) if isinstance(test, str) else test[1:]
+    command = json.loads(test.split(" CMD ", 1)[1]) if isinstance(test, str) else test[1:]
     return [str(word) for word in command]
 
 
@@ -68,7 +75,7 @@ def test_compose_accepts_the_file() -> None:
 
 def test_the_database_is_5433_and_the_backend_8000_for_this_machine_only() -> None:
     assert DATABASE["ports"] == ["127.0.0.1:5433:5432"]
-    assert BACKEND["ports"] == ["127.0.0.1:8000:8000"]
+    assert [interpolate(port, {}) for port in BACKEND["ports"]] == ["127.0.0.1:8000:8000"]
     assert "ports" not in MIGRATE
     assert dockerfile("EXPOSE") == ["8000"]
 
@@ -87,8 +94,64 @@ def test_migration_runs_once_and_the_backend_waits_for_it() -> None:
     assert MIGRATE["build"] == BACKEND["build"] == "."
 
 
+def test_every_setting_of_the_readme_reaches_the_container_from_the_shell_or_is_the_published_address() -> None:
+    rows = re.findall(r"^\| `([A-Z_]+)` \| .*? \|", (CHECKOUT / "README.md").read_text(), re.MULTILINE)
+    variables = {name: f"a {name}" for name in [*rows, *BACKEND["environment"]]}
+    published = {name for port in BACKEND["ports"] for name in re.findall(r"\$\{(\w+)", port)}
+    assert published == {"HOST", "PORT"}
+    reached = {name for name, value in environment(BACKEND, variables).items() if value == f"a {name}"}
+    # Compose's service has compose's database, and with a DATABASE_URL there is no data folder.
+    assert reached == set(rows) - published - {"DATABASE_URL", "WALLET_DATA_DIR"}
+
+
+def test_docker_waits_longer_than_the_service_does_for_requests_in_flight() -> None:
+    for seconds in ("", "45"):
+        grace = re.fullmatch(r"(\d+)m(\d+)s", interpolate(BACKEND["stop_grace_period"], {"SHUTDOWN_TIMEOUT": seconds}))
+        assert grace is not None
+        assert int(grace[1]) * 60 + int(grace[2]) > float(seconds or Settings().shutdown_timeout) + 10
+
+
+def test_nothing_is_used_that_docker_20_10_does_not_know() -> None:
+    assert "start-interval" not in dockerfile("HEALTHCHECK")[0]
+    assert "configs" not in COMPOSE
+    assert all("start_interval" not in service.get("healthcheck", {}) for service in COMPOSE["services"].values())
+
+
+def test_every_container_is_hardened_and_its_log_is_bounded() -> None:
+    for service in COMPOSE["services"].values():
+        assert service["cap_drop"] == ["ALL"]
+        assert service["security_opt"] == ["no-new-privileges:true"]
+        assert {"max-size", "max-file"} <= service["logging"]["options"].keys()
+    for service in (MIGRATE, BACKEND):
+        assert (service["init"], service["read_only"], service["tmpfs"]) == (True, True, "/tmp")
+        assert "cap_add" not in service
+
+
+def test_a_signal_is_heard_before_the_imports_that_take_long() -> None:
+    """The kernel drops a signal to a container's first process that has no handler for it."""
+    script = """if True:
+        import importlib.abc, signal, sys
+        from app.__main__ import main
+
+        class Watching(importlib.abc.MetaPathFinder):
+            def find_spec(self, name, path, target=None):
+                if name == "app.supervisor":
+                    sys.exit(0 if callable(signal.getsignal(signal.SIGTERM)) else "deaf")
+
+        sys.meta_path.insert(0, Watching())
+        main([])"""
+    ran = subprocess.run([sys.executable, "-c", script], cwd=CHECKOUT, capture_output=True, text=True, timeout=20)
+    assert (ran.returncode, ran.stderr) == (0, "")
+
+
+def test_a_file_of_passwords_stays_out_of_git_and_of_the_image() -> None:
+    assert ".env" in (CHECKOUT / ".gitignore").read_text().splitlines()
+    assert "**/.env" in (CHECKOUT / ".dockerignore").read_text().splitlines()
+
+
 def test_what_keeps_running_has_a_health_check() -> None:
-    assert probe(DATABASE["healthcheck"]["test"])[:2] == ["pg_isready", "--host=127.0.0.1"]
+    assert probe(DATABASE["healthcheck"]["test"])[0] == "pg_isready"
+    assert "--host=127.0.0.1" in probe(DATABASE["healthcheck"]["test"])
     assert "/readyz" in probe(BACKEND["healthcheck"]["test"])[-1]
     assert "/healthz" in probe(dockerfile("HEALTHCHECK")[0])[-1]
     assert MIGRATE["healthcheck"] == {"disable": True}
@@ -124,12 +187,9 @@ class TcpPostgres(Postgres):
     def initialize(self, variables: dict[str, str]) -> None:
         """Do what the entrypoint of the database's image does on a new volume."""
         settings = {name: interpolate(value, variables) for name, value in DATABASE["environment"].items()}
-        (script,) = (config for config in DATABASE["configs"] if config["target"] == LOGIN_SQL)
         self.start()
         self.psql("postgres", "-c", f"create database {settings['POSTGRES_DB']}")
-        file = self.home / "login.sql"
-        file.write_text(interpolate(COMPOSE["configs"][script["source"]]["content"], variables))
-        self.psql(settings["POSTGRES_DB"], "-f", file, **settings)
+        file = self.home / "password.sql"
         file.write_text("\\getenv password POSTGRES_PASSWORD\nalter role postgres password :'password';")
         self.psql("postgres", "-f", file, **settings)
         (self.data / "pg_hba.conf").write_text("local all all trust\nhost all all all scram-sha-256\n")
@@ -158,7 +218,9 @@ def copied(folder: Path) -> Path:
     scope="module",
     params=[
         pytest.param({}, id="the default passwords"),
-        pytest.param({"POSTGRES_PASSWORD": "a b'c\"%40", "WALLET_DB_PASSWORD": "p@ss:/?#%'\\"}, id="awkward passwords"),
+        pytest.param(
+            {"POSTGRES_PASSWORD": "a b'c\"%40$x", "WALLET_DB_PASSWORD": "p@ss:/?#%'\\$y"}, id="awkward passwords"
+        ),
     ],
 )
 def up(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
@@ -169,10 +231,16 @@ def up(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory)
     postgres = TcpPostgres(home / "database", free_port())
     port = free_port()
 
-    def run(service: dict[str, Any], command: list[str], start: Callable[..., Any], **arguments: Any) -> Any:
+    def run(
+        service: dict[str, Any],
+        command: list[str],
+        start: Callable[..., Any],
+        variables: dict[str, str] = variables,
+        **arguments: Any,
+    ) -> Any:
         settings = environment(service, variables) | {"PATH": PATH, "HOST": "127.0.0.1", "PORT": str(port)}
         settings["DATABASE_URL"] = settings["DATABASE_URL"].replace("@database:5432", f"@127.0.0.1:{postgres.port}")
-        command = [word.replace("127.0.0.1:8000", f"127.0.0.1:{port}") for word in command]
+        command = [interpolate(word, variables).replace("127.0.0.1:8000", f"127.0.0.1:{port}") for word in command]
         return start(command, cwd=folder, env=settings, **arguments)
 
     try:
@@ -188,7 +256,7 @@ def up(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory)
                 assert backend.poll() is None, "the backend ended"
                 assert time.monotonic() < deadline, "the backend does not become ready"
                 time.sleep(0.1)
-            yield SimpleNamespace(postgres=postgres, backend=backend, port=port, run=run)
+            yield SimpleNamespace(postgres=postgres, backend=backend, port=port, run=run, variables=variables)
         finally:
             backend.send_signal(signal.SIGTERM)
             backend.wait(20)
@@ -235,3 +303,50 @@ def test_the_backend_s_login_is_a_member_of_wallet_app_and_nothing_else(up: Simp
     assert up.postgres.psql("wallet", "-c", f"select {powers} from pg_roles where rolname = 'wallet_service'") == "f"
     owned = "select count(*) from pg_class where relowner = 'wallet_service'::regrole"
     assert up.postgres.psql("wallet", "-c", owned) == "0"
+
+
+def login(up: SimpleNamespace, password: str) -> str:
+    """Connect as the backend's login; return what psql says."""
+    url = f"postgresql://wallet_service@127.0.0.1:{up.postgres.port}/wallet"
+    ran = subprocess.run(
+        [BINARIES / "psql", "-qtAc", "select 1", url], env={"PGPASSWORD": password}, capture_output=True, text=True
+    )
+    return (ran.stdout + ran.stderr).strip()
+
+
+def test_another_password_of_the_backend_is_good_from_the_next_start_on(up: SimpleNamespace) -> None:
+    before = interpolate(BACKEND["environment"]["PGPASSWORD"], up.variables)
+    assert login(up, before) == "1"
+    try:
+        up.run(
+            MIGRATE,
+            MIGRATE["command"],
+            subprocess.run,
+            check=True,
+            variables=up.variables | {"WALLET_DB_PASSWORD": "new"},
+        )
+        assert login(up, "new") == "1"
+        assert "password authentication failed" in login(up, before)
+    finally:
+        up.run(MIGRATE, MIGRATE["command"], subprocess.run, check=True)
+
+
+def test_demonstration_wallets_that_were_rolled_back_stay_away(up: SimpleNamespace) -> None:
+    dbmate = ["dbmate", "--env-file", "dbmate.env", *TESTDATA]
+    up.run(MIGRATE, [*dbmate, "rollback"], subprocess.run, check=True)
+    try:
+        up.run(MIGRATE, MIGRATE["command"], subprocess.run, check=True)
+        assert up.postgres.psql("wallet", "-c", "select count(*) from wallet.wallet") == "0"
+    finally:
+        up.run(MIGRATE, [*dbmate, "migrate"], subprocess.run, check=True)
+
+
+def test_the_migration_waits_for_a_database_that_is_not_there_yet(up: SimpleNamespace) -> None:
+    up.postgres.stop()
+    migrating = up.run(MIGRATE, MIGRATE["command"], subprocess.Popen)
+    try:
+        with pytest.raises(subprocess.TimeoutExpired):
+            migrating.wait(1)
+    finally:
+        up.postgres.start()
+    assert migrating.wait(20) == 0

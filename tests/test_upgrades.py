@@ -46,7 +46,8 @@ def test_the_data_folder_of_a_released_version_is_upgraded_by_the_start(start: S
     assert old.ask("/api/v1/wallets", {"uuid": "savings"})[0] == 201
     operation = {"operation_uuid": str(uuid4()), "operation_type": "DEPOSIT", "amount": 5}
     assert old.ask("/api/v1/wallets/savings/operation", operation)[0] == 200
-    with old.superuser() as connection:
+    socket_folder = (old.home / "postgres" / "postmaster.pid").read_text().splitlines()[4]
+    with psycopg.connect(connection_url(socket_folder, "postgres", "wallet")) as connection:
         before = money(connection)
     assert old.stop() == 0
 

@@ -4,7 +4,7 @@ import asyncio
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psycopg
@@ -65,7 +65,7 @@ async def test_the_page_has_no_script_of_its_own_and_names_no_other_host(client:
 
 
 async def test_the_parts_of_the_page_have_their_types_and_their_time(client: TestClient) -> None:
-    assert len(await parts(client)) == 3
+    assert len(await parts(client)) == 4
     for part in await parts(client):
         answer = await client.get(part)
         assert answer.status == 200, part
@@ -167,6 +167,131 @@ def try_an_operation_out(browser: webdriver.Chrome, url: str) -> None:
     assert seen(".live-responses-table tbody .response-col_status").text.split()[0] == "200"
     shown = seen(".live-responses-table tbody .response-col_description").text
     assert "0b0e3c2e-5d2a-4f6b-8a51-6f1f0b7d9a01" in shown
+
+
+async def in_a_browser(
+    database_url: str,
+    aiohttp_server: AiohttpServer,
+    browser: webdriver.Chrome,
+    look: Callable[[webdriver.Chrome], None],
+) -> None:
+    """Open the page in a browser, with every operation unfolded, and have somebody look at it."""
+    server = await aiohttp_server(make_app(Settings(database_url=database_url)))
+    url = str(server.make_url("/docs"))
+
+    def open_and_look() -> None:
+        browser.get(url)
+        unfold(browser)
+        look(browser)
+
+    await asyncio.to_thread(open_and_look)
+
+
+def unfold(browser: webdriver.Chrome) -> None:
+    """Unfold every operation, and press its "Try it out"."""
+    wait = WebDriverWait(browser, 20)
+    summaries = wait.until(conditions.presence_of_all_elements_located((By.CSS_SELECTOR, ".opblock-summary-control")))
+    for summary in summaries:
+        browser.execute_script("arguments[0].click()", summary)
+    wait.until(lambda _: len(browser.find_elements(By.CSS_SELECTOR, ".try-out__btn")) == len(summaries))
+    browser.execute_script("document.querySelectorAll('.try-out__btn').forEach(button => button.click())")
+    wait.until(lambda _: len(browser.find_elements(By.CSS_SELECTOR, "button.execute")) == len(summaries))
+
+
+async def test_every_parameter_has_its_name_and_type_and_none_is_filled_in_that_may_be_left_out(
+    database_url: str, aiohttp_server: AiohttpServer, browser: webdriver.Chrome
+) -> None:
+    document = json.loads(docs.description())
+    shown: list[dict[str, str]] = []
+
+    def look(browser: webdriver.Chrome) -> None:
+        shown.extend(
+            browser.execute_script("""
+                return [...document.querySelectorAll(".opblock")].flatMap(operation =>
+                  [...operation.querySelectorAll("table.parameters > tbody > tr")].map(row => ({
+                    operation: operation.id,
+                    name: row.querySelector(".parameter__name").firstChild.textContent,
+                    type: row.querySelector(".parameter__type").innerText,
+                    place: row.querySelector(".parameter__in").innerText,
+                    value: row.querySelector("input").value,
+                  })))""")
+        )
+
+    await in_a_browser(database_url, aiohttp_server, browser, look)
+
+    described = 0
+    for item in document["paths"].values():
+        for operation in item.values():
+            parameters = [row for row in shown if row["operation"].endswith(f"-{operation['operationId']}")]
+            assert len(parameters) == len(operation["parameters"]), operation["operationId"]
+            described += len(parameters)
+    assert len(shown) == described > 15
+    assert {row["type"] for row in shown} <= {"string", "integer", "integer($int64)"}
+    assert all(row["name"] for row in shown)
+    filled_in = {row["name"]: row["value"] for row in shown if row["place"] == "(query)"}
+    assert filled_in == {"limit": "100", "before": ""}
+
+
+async def test_the_page_is_no_wider_than_a_telephone(
+    database_url: str, aiohttp_server: AiohttpServer, browser: webdriver.Chrome
+) -> None:
+    def look(browser: webdriver.Chrome) -> None:
+        browser.execute_script("document.querySelector('button.execute').click()")
+        answer = (By.CSS_SELECTOR, ".live-responses-table tbody .response-col_status")
+        WebDriverWait(browser, 20).until(conditions.presence_of_element_located(answer))
+        for width in (1280, 600, 390, 320):
+            metrics = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": True}
+            browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+            assert browser.execute_script("return document.documentElement.clientWidth") == width
+            assert browser.execute_script("return document.documentElement.scrollWidth") == width
+
+    await in_a_browser(database_url, aiohttp_server, browser, look)
+
+
+CONTRASTS = """
+    const channel = value => value <= 10 ? value / 3294 : ((value / 255 + 0.055) / 1.055) ** 2.4;
+    const parts = color => color.match(/[\\d.]+/g).map(Number);
+    const luminance = ([r, g, b]) => 0.2126 * channel(r) + 0.7152 * channel(g) + 0.0722 * channel(b);
+    const background = element => {
+      if (element === null) return [255, 255, 255];
+      const [r, g, b, opacity = 1] = parts(getComputedStyle(element).backgroundColor);
+      return opacity > 0.5 ? [r, g, b] : background(element.parentElement);
+    };
+    return [...document.querySelectorAll("#swagger-ui *")]
+      .filter(element => element.getClientRects().length
+        && [...element.childNodes].some(node => node.nodeType === Node.TEXT_NODE && node.textContent.trim()))
+      .map(element => {
+        const [one, other] = [parts(getComputedStyle(element).color), background(element)].map(luminance);
+        return [element.textContent, (Math.max(one, other) + 0.05) / (Math.min(one, other) + 0.05), other];
+      });
+"""
+"""The texts of the page, each with its contrast (WCAG 2.2, relative luminance) and the luminance behind it."""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+async def test_the_page_is_as_dark_as_the_reader_wants_it(
+    scheme: str, database_url: str, aiohttp_server: AiohttpServer, browser: webdriver.Chrome
+) -> None:
+    def prefer(scheme: str) -> None:
+        media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+
+    def see(scheme: str) -> None:
+        browser.execute_script("document.querySelectorAll('*').forEach(one => one.style.transition = 'none')")
+        texts = browser.execute_script(CONTRASTS)
+        behind = sorted(luminance for _, _, luminance in texts)[len(texts) // 2]
+        assert (behind < 0.1) if scheme == "dark" else (behind > 0.7)
+        if scheme == "dark":
+            assert [text for text, contrast, _ in texts if contrast < 3] == []
+
+    def look(_browser: webdriver.Chrome) -> None:
+        see(scheme)
+        other = "light" if scheme == "dark" else "dark"
+        prefer(other)
+        see(other)
+
+    prefer(scheme)
+    await in_a_browser(database_url, aiohttp_server, browser, look)
 
 
 def urls_requested(browser: webdriver.Chrome) -> list[str]:

@@ -3,20 +3,26 @@
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
+from urllib.request import urlopen
 from uuid import uuid4
 
 import psycopg
 import pytest
 
+from app.embedded import running_server
+from app.logs import WAITING_LIMIT
+from app.metrics import MAX_AGE
 from app.settings import CHECKOUT
 from tests.api.test_process import COMMAND, environment_with, free_port, wait_until
 
@@ -216,6 +222,148 @@ def test_below_error_a_database_that_fails_is_still_logged(start: Start, superus
         superuser.execute("revoke execute on function wallet.list_operations(text, bigint, int) from wallet_app")
         assert service.ask("GET", "/api/v1/wallets/w/operations")[0] == 503
         assert {line["level"] for line in service.lines()} == levels
+
+
+# A reader that stalls
+
+
+class Stalled(Service):
+    """A service whose standard error is a pipe that nobody reads yet."""
+
+    def __init__(self, folder: Path, **settings: str) -> None:
+        self.reader, writer = os.pipe()
+        super().__init__(folder, writer, **settings)
+        os.close(writer)
+
+    def read(self) -> bytes:
+        """Read until the last process has closed the pipe."""
+        with os.fdopen(self.reader, "rb") as pipe:
+            return pipe.read()
+
+    def flood(self, requests: int) -> None:
+        """Make requests with lines that are long."""
+
+        def ask() -> None:
+            connection = HTTPConnection("127.0.0.1", self.port, timeout=10)
+            for _ in range(requests // 8):
+                connection.request("GET", "/" + "x" * 300, headers={"X-Request-ID": "y" * 128})
+                connection.getresponse().read()
+            connection.close()
+
+        clients = [threading.Thread(target=ask) for _ in range(8)]
+        for client in clients:
+            client.start()
+        for client in clients:
+            client.join()
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_reader_that_stalls_stops_nobody_and_is_told_what_it_has_missed(
+    tmp_path: Path, database_url: str, workers: str
+) -> None:
+    service = Stalled(tmp_path, DATABASE_URL=database_url, WORKERS=workers)
+    limit = WAITING_LIMIT * int(workers)
+    requests = (limit // 450 + 2000) // 8 * 8
+    service.flood(requests)
+    for _ in range(20):
+        assert service.ask("GET", "/healthz")[0] == 200
+    time.sleep(MAX_AGE)  # the metrics of an earlier look are told no longer
+    with urlopen(f"http://127.0.0.1:{service.port}/metrics", timeout=10) as answer:
+        [counted] = re.findall(r"^wallet_log_lines_dropped_total (\S+)", answer.read().decode(), re.MULTILINE)
+    assert 0 < float(counted) < requests
+
+    reading: list[bytes] = []
+    reader = threading.Thread(target=lambda: reading.append(service.read()))
+    reader.start()
+    wait_until(lambda: service.ask("GET", "/healthz?last")[0] == 200)
+    time.sleep(0.5)
+    service.stop()
+    reader.join()
+
+    lines = [json.loads(line) for line in reading[0].splitlines()]
+    told = [line["message"] for line in lines if line["logger"] == "wallet"]
+    dropped = sum(int(message.split()[0]) for message in told)
+    assert float(counted) <= dropped <= float(counted) + 30
+    assert len(access(lines)) + dropped == requests + 20 + 2  # and the question for the metrics, and the last one
+    assert "/healthz" in {line["path"] for line in access(lines)[-2:]}
+
+
+def test_the_supervisor_goes_on_while_nobody_reads(tmp_path: Path, database_url: str) -> None:
+    service = Stalled(tmp_path, DATABASE_URL=database_url, WORKERS="2")
+    service.flood(2000)
+    children = Path(f"/proc/{service.process.pid}/task/{service.process.pid}/children")
+    for _ in range(3):
+        before = {int(pid) for pid in children.read_text().split()}
+        for pid in before:
+            os.kill(pid, signal.SIGKILL)
+        wait_until(lambda before=before: len({int(pid) for pid in children.read_text().split()} - before) == 2)
+    wait_until(lambda: answers(service))
+    began = time.monotonic()
+    service.stop()
+    assert service.process.returncode == 0
+    assert time.monotonic() - began < 10
+    os.close(service.reader)
+
+
+def answers(service: Service) -> bool:
+    with suppress(OSError):
+        return service.ask("GET", "/healthz")[0] == 200
+    return False
+
+
+def test_a_reader_that_is_gone_stops_nobody(tmp_path: Path, database_url: str) -> None:
+    service = Stalled(tmp_path, DATABASE_URL=database_url)
+    os.close(service.reader)
+    service.flood(400)
+    assert service.ask("GET", "/healthz")[0] == 200
+    service.stop()
+    assert service.process.returncode == 0
+
+
+# What the supervisor says
+
+
+def test_what_the_supervisor_says_later_is_in_the_log(start: Start) -> None:
+    service = start(WORKERS="2")
+    said = service.output.read_text()
+    children = Path(f"/proc/{service.process.pid}/task/{service.process.pid}/children")
+    wait_until(lambda: len(children.read_text().split()) == 2)
+    killed = [int(pid) for pid in children.read_text().split()]
+    for pid in killed:
+        os.kill(pid, signal.SIGKILL)
+    wait_until(
+        lambda: len(children.read_text().split()) == 2 and not {*map(int, children.read_text().split())} & {*killed}
+    )
+    lines = [line for line in service.lines() if line["level"] == "error"]
+    assert all(any(str(pid) in line["message"] for line in lines) for pid in killed)
+    assert service.output.read_text() == said
+
+
+def test_all_that_comes_out_of_one_pipe_is_json(database_url: str, tmp_path: Path) -> None:
+    """`python -m app 2>&1 | jq`"""
+    port = free_port()
+    process = subprocess.Popen(
+        COMMAND,
+        cwd=CHECKOUT,
+        env=environment_with(PORT=str(port), WALLET_DATA_DIR=str(tmp_path), LOG_LEVEL="warning"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    try:
+        assert process.stdout is not None
+        said = [json.loads(process.stdout.readline())["message"] for _ in range(3)]
+        assert said[0] == f"Listening on http://127.0.0.1:{port}"
+        assert said[2].startswith("Try: curl http://127.0.0.1:")
+        running = running_server(tmp_path)
+        assert running is not None
+        os.kill(running[0], signal.SIGKILL)
+        assert "PostgreSQL ended" in json.loads(process.stdout.readline())["message"]
+        process.terminate()
+        for line in process.stdout.read().splitlines():
+            json.loads(line)
+    finally:
+        process.terminate()
+        process.wait(30)
 
 
 # The request's id

@@ -4,6 +4,7 @@ The counters are of the process, which runs many tests: what is looked at is how
 """
 
 import asyncio
+import sys
 import threading
 import time
 from urllib.request import urlopen
@@ -17,7 +18,7 @@ from pytest_aiohttp.plugin import AiohttpClient
 
 from app import metrics as app_metrics
 from app.application import make_app
-from app.settings import Settings
+from app.settings import CHECKOUT, Settings
 from tests.api.door import MAX, create, deposit, path, withdraw
 from tests.api.test_bad_input import send_raw
 from tests.api.test_lanes import (
@@ -186,6 +187,39 @@ async def test_the_numbers_are_collected_once_a_second(client: TestClient, monke
     assert (await metrics(client)).value("wallet_request_seconds_count", **METRICS_ASKED) > first.value(
         "wallet_request_seconds_count", **METRICS_ASKED
     )
+
+
+async def test_what_alerts_look_at_is_there_before_it_happens(client: TestClient) -> None:
+    """In an app of its own process: here other tests have made series already."""
+    script = "\n".join(
+        [
+            "from prometheus_client import generate_latest",
+            "from app.application import make_app",
+            "from app.settings import Settings",
+            "make_app(Settings(database_url='postgresql:///x'))",
+            "print(generate_latest().decode())",
+        ]
+    )
+    command = [sys.executable, "-c", script]
+    ran = await asyncio.create_subprocess_exec(*command, cwd=CHECKOUT, stdout=asyncio.subprocess.PIPE)
+    output, _ = await ran.communicate()
+    told = Metrics(output.decode())
+
+    def zero(name: str, **labels: str) -> bool:
+        return told.samples.get((name, frozenset(labels.items()))) == 0
+
+    for route in client.app.router.routes():
+        path, method = route.resource.canonical, route.method
+        if path.startswith("/api/"):
+            statuses = {"500", "503"} | ({"429"} if method not in ("GET", "HEAD") else set())
+            for status in statuses:
+                assert zero("wallet_request_seconds_count", method=method, route=path, status=status), (method, path)
+    for operation_type in ("DEPOSIT", "WITHDRAW"):
+        for outcome in ("applied", "insufficient_funds", "duplicate_operation", "wallet_not_found", "invalid_request"):
+            assert zero("wallet_operations_total", type=operation_type, outcome=outcome)
+    assert zero("wallet_resends_total")
+    assert zero("wallet_log_lines_dropped_total")
+    assert len(output) < 200_000
 
 
 # Operations

@@ -81,11 +81,18 @@ def test_every_operation_is_told_apart_and_explained() -> None:
 
 
 def test_the_document_has_only_what_every_tool_understands() -> None:
-    """Swagger UI forgets parameters of a path; openapi-generator drops a schema that has more beside its $ref."""
+    """Swagger UI forgets the parameters of a path.
+
+    Of openapi-generator's clients, all lose a schema that has more than a description beside its $ref; Java's takes one
+    object for two of a oneOf; Go's has a constructor NewX for each X.
+    """
     for path, item in DOCUMENT["paths"].items():
         assert item.keys() <= METHODS, path
     for node in nodes(DOCUMENT):
         assert "$ref" not in node or node.keys() <= {"$ref", "description"}, node
+        assert all({"type": "null"} in node[kind] for kind in ("oneOf", "anyOf") if kind in node), node
+    schemas = DOCUMENT["components"]["schemas"].keys()
+    assert schemas & {f"New{name}" for name in schemas} == set()
 
 
 def nodes(node: Any) -> Iterator[dict[str, Any]]:
@@ -289,7 +296,7 @@ def test_every_answer_shown_is_of_the_shape_described() -> None:
         for media in response.get("content", {}).values() if "headers" in response else ():
             shown = [example["value"] for example in media.get("examples", {}).values()]
             for value in [*shown, *([media["example"]] if "example" in media else [])]:
-                checker(media["schema"]).validate(value)
+                checker(media["schema"], narrow()).validate(value)
 
 
 def test_a_request_shown_is_of_the_shape_described_unless_its_answer_is_invalid_request() -> None:
@@ -301,9 +308,9 @@ def test_a_request_shown_is_of_the_shape_described_unless_its_answer_is_invalid_
         assert checker(body["schema"]).is_valid(example.body) is not refused, example.name
 
 
-def checker(schema: dict[str, Any]) -> Draft202012Validator:
+def checker(schema: dict[str, Any], document: dict[str, Any] = DOCUMENT) -> Draft202012Validator:
     """Return a validator of one of the document's schemas, in which an answer may have only what is described."""
-    return Draft202012Validator({**closed(schema), "components": closed(DOCUMENT["components"])})
+    return Draft202012Validator({**closed(schema), "components": closed(document["components"])})
 
 
 def closed(node: Any) -> Any:
@@ -316,9 +323,20 @@ def closed(node: Any) -> Any:
     return node | {"additionalProperties": False} if node.get("type") == "object" and "properties" in node else node
 
 
+OUTCOMES = [
+    {"properties": {"applied": {"const": True}, "code": False, "detail": False}, "required": ["balance_after", "seq"]},
+    {"properties": {"applied": {"const": False}, "balance_after": False, "seq": False}, "required": ["code", "detail"]},
+]
+"""The two kinds of a bulk request's results."""
+
+
 def narrow() -> dict[str, Any]:
-    """Return the document with every response's problems narrowed down to the codes that its description names."""
+    """Return the document with what only its descriptions say, since generators do not understand it otherwise.
+
+    A response's problems have the codes that its description names; a result is of one of two kinds.
+    """
     document: dict[str, Any] = json.loads(docs.description())
+    document["components"]["schemas"]["Result"]["oneOf"] = OUTCOMES
     responses = [*document["components"]["responses"].values()]
     for item in document["paths"].values():
         for operation in item.values():

@@ -1,8 +1,10 @@
 """`python -m app` as a process: how it starts, what it survives, how it stops, what it says when it cannot start."""
 
+import contextlib
 import json
 import os
 import pwd
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,9 +22,11 @@ from uuid import uuid4
 
 import psycopg
 import pytest
+from psycopg.conninfo import conninfo_to_dict
 
-from app.embedded import connection_url, running_server
+from app.embedded import LOG_LIMIT, Postgres, connection_url, running_server
 from app.settings import CHECKOUT
+from tests.conftest import open_folder
 
 COMMAND = [sys.executable, "-m", "app"]
 SETTINGS = ("DATABASE_URL", "HOST", "PORT", "WORKERS", "WALLET_DATA_DIR")
@@ -348,6 +352,37 @@ def test_a_port_that_is_none(port: str) -> None:
     assert "PORT" in refuse(PORT=port)
 
 
+def has_ipv6() -> bool:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="there is no IPv6 here")
+@pytest.mark.parametrize(
+    ("host", "shown", "reached"),
+    [
+        ("::1", "[::1]", ["[::1]"]),
+        ("::", "[::1]", ["[::1]", "127.0.0.1"]),
+        ("0:0::0", "[::1]", ["[::1]", "127.0.0.1"]),
+        ("0.0.0.0", "127.0.0.1", ["127.0.0.1"]),
+    ],
+)
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_it_listens_where_it_says(
+    start: Start, database_url: str, host: str, shown: str, reached: list[str], workers: str
+) -> None:
+    service = start(HOST=host, WORKERS=workers, DATABASE_URL=database_url)
+    assert service.said().splitlines()[0] == f"Listening on http://{shown}:{service.port}"
+    assert f"http://{shown}:{service.port}/" in service.said().splitlines()[2]
+    for address in reached:
+        with urlopen(f"http://{address}:{service.port}/healthz", timeout=10) as answer:
+            assert answer.status == 200
+    assert f":{service.port}" in refuse(HOST=host, PORT=str(service.port), DATABASE_URL=database_url)
+
+
 def test_a_host_that_is_not_this_one(tmp_path: Path) -> None:
     assert "192.0.2.1" in refuse(HOST="192.0.2.1", WALLET_DATA_DIR=str(tmp_path))
 
@@ -374,6 +409,9 @@ def test_a_data_folder_that_another_service_uses(start: Start) -> None:
         "postgresql://nobody@does-not-exist.invalid/nowhere",
         "mysql://nobody@127.0.0.1/nowhere",
         "nonsense",
+        "postgresql://nobody@127.0.0.1:99999/nowhere",
+        "postgresql://nobody@127.0.0.1/nowhere?connect_timeout=1",
+        "postgresql://nobody@127.0.0.1/nowhere?channel_binding=require",
     ],
 )
 def test_a_database_that_cannot_be_reached(url: str) -> None:
@@ -388,6 +426,382 @@ def test_a_database_that_is_not_there_or_not_migrated(server: SimpleNamespace) -
     with psycopg.connect(connection_url(server.host, server.user, "postgres"), autocommit=True) as connection:
         connection.execute(f"create database {name}")
     assert "not migrated" in refuse(DATABASE_URL=url, PORT=str(free_port()))
+
+
+# What another user can write
+
+as_root = pytest.mark.skipif(os.getuid() != 0, reason="only root runs PostgreSQL as another user")
+NOBODY = pwd.getpwnam("nobody").pw_uid
+
+
+@pytest.fixture
+def home(start: Start, tmp_path: Path) -> Path:
+    """A data folder that has been used, and is not in use."""
+    service = start()
+    service.stop()
+    return service.home
+
+
+def pid_file(*lines: object) -> str:
+    """Return a postmaster.pid that looks right: pid, data folder, start time, port, socket folder …"""
+    rest = ["/proc/self/cwd", "1764000000", "5432", "/tmp/wallet-gone", "", "  1 1", "ready   "]
+    return "".join(f"{line}\n" for line in [*lines, *rest[len(lines) - 1 :]])
+
+
+@pytest.mark.parametrize(
+    "garbled",
+    ["", "\n", "x\n", "-1\n", "0\n", "1e3\n", "٣\n", f"{10**30}\n", "\0" * 5000, "\xff\xfe", pid_file("-1", "x")],
+    ids=repr,
+)
+def test_a_garbled_pid_file_is_one_line(home: Path, garbled: str) -> None:
+    (home / "postgres" / "postmaster.pid").write_bytes(garbled.encode("latin-1" if garbled == "\xff\xfe" else "utf-8"))
+    assert "postmaster.pid" in refuse(WALLET_DATA_DIR=str(home), PORT=str(free_port()))
+    ran = run("psql", "-c", "select 1", WALLET_DATA_DIR=str(home))
+    assert (ran.returncode, len(ran.stderr.splitlines())) == (1, 1)
+
+
+@pytest.mark.parametrize("kind", ["fifo", "folder", "link", "dangling_link"])
+def test_a_pid_file_that_is_no_file_is_one_line(home: Path, tmp_path: Path, kind: str) -> None:
+    file, target = home / "postgres" / "postmaster.pid", tmp_path / "target"
+    if kind == "fifo":
+        os.mkfifo(file)
+    elif kind == "folder":
+        file.mkdir()
+    else:
+        file.symlink_to(target)
+        if kind == "link":
+            target.write_text(pid_file(1))
+    assert "postmaster.pid" in refuse(WALLET_DATA_DIR=str(home), PORT=str(free_port()))
+    assert target.exists() == (kind == "link")
+
+
+def test_what_a_pid_file_names_is_neither_removed_nor_signalled(home: Path, start: Start, tmp_path: Path) -> None:
+    """A process in the data folder that is no PostgreSQL, and folders that look like those of a socket."""
+    bystander = subprocess.Popen(["sleep", "60"], cwd=home / "postgres")
+    try:
+        with (
+            tempfile.TemporaryDirectory(prefix="wallet-") as like_ours,
+            tempfile.TemporaryDirectory(prefix="wallet-") as victim,
+        ):
+            for folder in (like_ours, victim):
+                Path(folder, "kept").touch()
+            for pid in (bystander.pid, os.getpid(), 1):
+                for socket_folder in (victim, f"{like_ours}/../{Path(victim).name}", str(tmp_path)):
+                    (home / "postgres" / "postmaster.pid").write_text(
+                        pid_file(pid, "/proc/self/cwd", 1764000000, 5432, socket_folder)
+                    )
+                    assert running_server(home) is None
+                    service = start(home)
+                    assert service.balance("1111111111") == 1500
+                    service.stop()
+            assert Path(victim, "kept").exists()
+            assert Path(like_ours, "kept").exists()
+        assert bystander.poll() is None
+    finally:
+        bystander.kill()
+        bystander.wait()
+
+
+@as_root
+@pytest.mark.parametrize("name", ["lock", "postgres.log", "postgres.log.1", "postgres", "postgres.new"])
+@pytest.mark.parametrize("kind", ["link", "hard_link"])
+def test_what_another_user_links_into_his_folder_stays_as_it_is(tmp_path: Path, name: str, kind: str) -> None:
+    home, target = tmp_path / "data", tmp_path / "roots"
+    home.mkdir()
+    if name.startswith("postgres.log") or name == "lock" or kind == "hard_link":
+        target.write_text("root's")
+    else:
+        target.mkdir()
+        (target / "root's").touch(0o600)
+    if kind == "link":
+        (home / name).symlink_to(target)
+    else:
+        (home / name).hardlink_to(target)
+    os.chown(home, NOBODY, NOBODY)
+    before = everything(target)
+
+    ran = subprocess.run(
+        [*COMMAND, "psql", "-X", "-c", "select 1"],
+        cwd=CHECKOUT,
+        env=environment_with(WALLET_DATA_DIR=str(home)),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+    if ran.returncode:
+        (line,) = ran.stderr.splitlines()
+        assert str(home) in line
+    else:
+        assert name in ("postgres.log.1", "postgres.new")  # the one is not in use yet, the other was removed
+    assert everything(target) == before
+
+
+def everything(path: Path) -> list[object]:
+    """Return what can be told of a file or a folder and what is in it."""
+    found = path.stat()
+    content: object = path.read_bytes() if path.is_file() else [everything(each) for each in sorted(path.iterdir())]
+    return [path, found.st_uid, found.st_gid, found.st_mode, content]
+
+
+@as_root
+def test_a_copy_of_roots_is_handed_over_but_nothing_that_it_only_names(
+    home: Path, start: Start, tmp_path: Path
+) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "file").touch()
+    cluster = home / "postgres"
+    for path in (cluster, *cluster.rglob("*")):
+        os.chown(path, 0, 0)
+    (cluster / "link").symlink_to(outside)
+    before = everything(outside)
+    start(home).stop()
+    assert everything(outside) == before
+    assert cluster.stat().st_uid == NOBODY
+
+    os.chown(cluster, 0, 0)
+    (cluster / "base" / "hard link").hardlink_to(outside / "file")
+    before = everything(outside)
+    assert "hard link" in refuse(WALLET_DATA_DIR=str(home), PORT=str(free_port()))
+    assert everything(outside) == before
+
+
+@as_root
+def test_a_folder_of_roots_in_which_others_write_is_not_used(tmp_path: Path) -> None:
+    tmp_path.chmod(0o777)
+    assert "chmod" in refuse(WALLET_DATA_DIR=str(tmp_path), PORT=str(free_port()))
+
+
+@as_root
+def test_beside_the_socket_nothing_in_tmp_is_the_other_users(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "kept").touch()
+    service = start()
+    socket_folder = Path(service.server()[1])
+    owners = {path: path.lstat().st_uid for path in (socket_folder.parent, *socket_folder.parent.rglob("*"))}
+    assert {path for path, owner in owners.items() if owner != 0} == {
+        path for path in owners if path == socket_folder or socket_folder in path.parents
+    }
+    assert not any(
+        path.lstat().st_mode & 0o022 for path, owner in owners.items() if owner == 0 and not path.is_symlink()
+    )
+    (socket_folder / "link").symlink_to(tmp_path)
+
+    service.stop()
+
+    assert not socket_folder.parent.exists()
+    assert (tmp_path / "kept").exists()
+
+
+def test_what_a_killed_service_left_in_tmp_is_removed(start: Start) -> None:
+    service = start()
+    left = Path(service.server()[1])
+    os.kill(service.process.pid, signal.SIGKILL)
+    service.process.wait()
+    assert left.exists()
+
+    start()
+
+    assert not left.parent.exists()
+
+
+# What the caller's environment says of another server
+
+ANOTHER_SERVER = {
+    "PGHOST": "127.0.0.77",
+    "PGHOSTADDR": "127.0.0.77",
+    "PGPORT": "1",
+    "PGUSER": "somebody",
+    "PGDATABASE": "elsewhere",
+    "PGPASSWORD": "secret",
+    "PGPASSFILE": "/nonexistent",
+    "PGSERVICE": "elsewhere",
+    "PGSERVICEFILE": "/nonexistent",
+    "PGOPTIONS": "-c search_path=nowhere -c default_transaction_read_only=on",
+    "PGSSLMODE": "verify-full",
+    "PGSSLROOTCERT": "/nonexistent",
+    "PGREQUIREPEER": "somebody",
+    "PGREQUIREAUTH": "scram-sha-256",
+    "PGCHANNELBINDING": "require",
+    "PGTARGETSESSIONATTRS": "standby",
+    "PGCLIENTENCODING": "NONSENSE",
+    "PGTZ": "Nowhere/Else",
+    "PGDATA": "/nonexistent",
+    "PGAPPNAME": "somebody else",
+}
+
+
+@pytest.mark.parametrize("variable", [*ANOTHER_SERVER, None])
+def test_the_embedded_server_and_its_programs_see_no_other_server(start: Start, variable: str | None) -> None:
+    settings = ANOTHER_SERVER if variable is None else {variable: ANOTHER_SERVER[variable]}
+    service = start(**settings)
+    service.deposit("1111111111", 5)
+    for pid in (service.postgres(), *service.workers()):
+        if pid in service.workers():  # forked: what it was started with is not what it has
+            continue
+        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        assert not [entry for entry in environment if entry.startswith(b"PG")]
+    query = ["psql", "-X", "-A", "-t", "-c", "select current_database(), current_user, current_setting('search_path')"]
+
+    ran = run(*query, WALLET_DATA_DIR=str(service.home), **settings)
+
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert ran.stdout == 'wallet|wallet_service|"$user", public\n'
+
+
+def test_psql_on_the_embedded_server_is_still_the_callers(start: Start, tmp_path: Path) -> None:
+    service = start()
+    settings = tmp_path / "psqlrc"
+    settings.write_text("\\set QUIET on\n\\pset format unaligned\n\\pset tuples_only\n\\set greeting hello\n")
+    ran = run("psql", "-c", "\\echo :greeting", WALLET_DATA_DIR=str(service.home), PSQLRC=str(settings))
+    assert (ran.returncode, ran.stdout) == (0, "hello\n")
+
+
+# PostgreSQL's log
+
+
+def test_postgres_log_is_for_its_owner_and_does_not_grow_by_refusals(start: Start) -> None:
+    service = start()
+    log = service.home / "postgres.log"
+    assert log.stat().st_mode & 0o777 == 0o600
+    before = log.stat().st_size
+    query = "select wallet.apply_operation('1111111111', gen_random_uuid(), 'WITHDRAW', 1000000)"
+    assert run("psql", "-X", *["-c", query] * 50, WALLET_DATA_DIR=str(service.home)).returncode == 1
+    withdrawal = {"operation_type": "WITHDRAW", "amount": 1_000_000}
+    for _ in range(50):
+        path = "/api/v1/wallets/1111111111/operation"
+        assert service.ask(path, withdrawal | {"operation_uuid": str(uuid4())})[0] == 400
+    assert log.stat().st_size - before < 1000
+
+
+def test_what_fails_is_still_found_in_postgres_log_but_not_its_text(start: Start) -> None:
+    service = start()
+    with service.superuser() as superuser, pytest.raises(psycopg.errors.UndefinedColumn):
+        superuser.execute("select nonsense, 'a secret' from wallet.wallet")
+    text = (service.home / "postgres.log").read_text()
+    assert 'column "nonsense" does not exist' in text
+    assert "a secret" not in text
+
+
+def test_postgres_log_is_bounded(tmp_path: Path) -> None:
+    postgres = Postgres(tmp_path, "fsync=off")
+    postgres.start()
+    try:
+        for _ in range(3):
+            with postgres.log.open("ab") as log:
+                log.write(b"x" * LOG_LIMIT + b"the end\n")
+            postgres.bound_log()
+            assert postgres.log.stat().st_size == 0
+            older = tmp_path / "postgres.log.1"
+            assert (older.stat().st_size, older.stat().st_mode & 0o777) == (LOG_LIMIT, 0o600)
+            assert older.read_bytes().endswith(b"the end\n")
+        with (
+            psycopg.connect(postgres.url("postgres", "postgres")) as superuser,
+            pytest.raises(psycopg.errors.UndefinedColumn),
+        ):
+            superuser.execute("select nonsense")
+        assert postgres.log.read_text().count("nonsense") == 1
+        assert postgres.log.stat().st_size < 1000
+    finally:
+        postgres.stop()
+
+
+# Sessions
+
+
+def test_the_embedded_server_has_room_for_all_sessions_of_the_settings(start: Start) -> None:
+    service = start(WORKERS="6", POOL_SIZE="40")
+    with service.superuser() as superuser:
+        row = superuser.execute("show max_connections").fetchone()
+    assert row is not None
+    assert int(row[0]) >= 6 * (40 + 2 + 3) + 10
+
+
+def test_settings_that_want_more_sessions_than_there_are(database_url: str, superuser: psycopg.Connection) -> None:
+    """The tests' server has 300, of which superusers keep 3."""
+    line = refuse(DATABASE_URL=database_url, PORT=str(free_port()), WORKERS="12", POOL_SIZE="20")
+    assert all(number in line for number in ("300", "297", "12 ", "20 ", str(12 * (20 + 2 + 3))))
+
+    superuser.execute("alter role wallet_service connection limit 14")
+    try:
+        line = refuse(DATABASE_URL=database_url, PORT=str(free_port()))
+        assert all(number in line for number in ("14", "15", "role"))
+    finally:
+        superuser.execute("alter role wallet_service connection limit -1")
+    superuser.execute(f'alter database "{superuser.info.dbname}" connection limit 13'.encode())
+    assert "13" in refuse(DATABASE_URL=database_url, PORT=str(free_port()))
+
+
+PGBOUNCER = shutil.which("pgbouncer", path=f"{os.environ['PATH']}:/usr/sbin")
+
+
+@pytest.fixture
+def pooler(tmp_path_factory: pytest.TempPathFactory, database_url: str) -> Iterator[Callable[..., str]]:
+    """Start PgBouncers before this test's database: each is the function's URL of it."""
+    if PGBOUNCER is None:
+        pytest.skip("there is no pgbouncer")
+    folder = open_folder(tmp_path_factory, "pgbouncer")
+    folder.chmod(0o777)
+    server = conninfo_to_dict(database_url)
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(**settings: object) -> str:
+        port = free_port()
+        file = folder / f"{port}.ini"
+        lines = {
+            "auth_type": "any",
+            "listen_addr": "127.0.0.1",
+            "listen_port": port,
+            "unix_socket_dir": "",
+            "ignore_startup_parameters": "extra_float_digits",
+            **settings,
+        }
+        [name, host] = [server["dbname"], server["host"]]
+        target = f"{name} = host={host} port=5432 dbname={name} user=wallet_service"
+        body = "\n".join(f"{key} = {value}" for key, value in lines.items())
+        file.write_text(f"[databases]\n{target}\n[pgbouncer]\n{body}\n")
+        file.chmod(0o644)
+        identity: dict[str, Any] = {"user": NOBODY, "group": NOBODY} if os.getuid() == 0 else {}
+        with (folder / f"{port}.log").open("wb") as log:
+            command = [PGBOUNCER, "-q", str(file)]
+            started.append(subprocess.Popen(command, stdout=log, stderr=log, **identity))
+        wait_until(lambda: listens(port))
+        return f"postgresql://wallet_service@127.0.0.1:{port}/{name}?sslmode=disable"
+
+    yield start
+    for process in started:
+        process.terminate()
+        process.wait()
+
+
+def listens(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), 1).close()
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("settings", [{}, {"server_round_robin": 1}, {"default_pool_size": 1}, {"min_pool_size": 2}])
+@pytest.mark.parametrize("mode", ["transaction", "statement"])
+def test_a_pooler_that_does_not_keep_sessions_apart(
+    pooler: Callable[..., str], mode: str, settings: dict[str, object]
+) -> None:
+    url = pooler(pool_mode=mode, **settings)
+    with contextlib.ExitStack() as stack:
+        others = [  # so that it is in use already, and has sessions to choose from
+            stack.enter_context(psycopg.connect(url, autocommit=True, prepare_threshold=None)) for _ in range(2)
+        ]
+        for other in others:
+            other.execute("select 1")
+        for _ in range(2):
+            assert f"{mode} " in refuse(DATABASE_URL=url, PORT=str(free_port()))
+
+
+def test_a_pooler_that_keeps_sessions_apart_is_as_good_as_none(pooler: Callable[..., str], start: Start) -> None:
+    service = start(DATABASE_URL=pooler(pool_mode="session"))
+    assert service.ask("/readyz")[0] == 200
 
 
 # The other door
@@ -421,3 +835,17 @@ def test_psql_reaches_the_database_of_database_url(database_url: str) -> None:
     ran = run("psql", "-X", "-A", "-t", "-c", "select current_user", DATABASE_URL=database_url)
 
     assert (ran.returncode, ran.stdout) == (0, "wallet_service\n")
+
+
+def test_psql_shows_nobody_the_password(tmp_path: Path) -> None:
+    """A program in psql's place tells what it was called with, and what it could have found besides."""
+    psql = tmp_path / "psql"
+    psql.write_text('#!/bin/sh\ntr "\\0" "\\n" < /proc/$$/cmdline\necho "password $PGPASSWORD"\n')
+    psql.chmod(0o755)
+    url = "postgresql://u:p%40ss@db.example:1/wallet?sslmode=disable"
+
+    ran = run("psql", "-X", DATABASE_URL=url, PATH=f"{tmp_path}:{os.environ['PATH']}")
+
+    *called, password = ran.stdout.splitlines()
+    assert called[-3:] == ["--dbname", "postgresql://u@db.example:1/wallet?sslmode=disable", "-X"]
+    assert password == "password p@ss"

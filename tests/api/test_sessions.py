@@ -14,9 +14,10 @@ from pytest_aiohttp.plugin import AiohttpClient
 
 from app import database, lanes
 from app.application import make_app
-from app.database import check, connect
+from app.database import connect
 from app.embedded import Postgres
 from app.migrations import LOGIN, bring_up_to_date
+from app.preconditions import check
 from app.settings import Settings, StartupError
 from tests.api.door import balance, create, deposit, path, problem
 from tests.api.test_lanes import lane_pids, proxy, through, until

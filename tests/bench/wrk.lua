@@ -27,13 +27,13 @@ local function uuid()
 end
 
 local function post(path, body)
-  return "POST " .. path .. " HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: "
+  return "POST " .. path .. " HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: "
     .. #body .. "\r\n\r\n" .. body
 end
 
 function request()
   if reads > 0 and random(1, 100) <= reads then
-    return "GET /api/v1/wallets/" .. wallet() .. " HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    return "GET /api/v1/wallets/" .. wallet() .. " HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
   end
   if size == 1 then
     return post("/api/v1/wallets/" .. wallet() .. "/operation",

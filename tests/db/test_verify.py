@@ -6,19 +6,10 @@ from uuid import uuid4
 import psycopg
 import pytest
 
-from app.settings import CHECKOUT
 from tests.cases import MAX, A, B, Request, deposit, withdraw
 from tests.db.door import apply, apply_all, call, create
 
 WALLETS = ("w", "v", "u")
-
-
-@pytest.fixture(autouse=True)
-def audit(superuser: psycopg.Connection) -> None:
-    """The audit as it stands in its file, whatever the migrations carry."""
-    with superuser.transaction():
-        superuser.execute("set local role wallet_owner")
-        superuser.execute((CHECKOUT / "db" / "functions" / "verify.sql").read_bytes())
 
 
 @pytest.fixture

@@ -21,8 +21,8 @@ COMMIT_DELAY = 0.05
 class EarlyLine(Line):
     """A line that gives the outcomes of a call before it commits them."""
 
-    def __init__(self, settings: Settings) -> None:
-        super().__init__(settings)
+    def __init__(self, settings: Settings, patience: float = 1) -> None:
+        super().__init__(settings, patience)
         self._session: asyncpg.Connection | None = None
         self._commit: asyncio.Task[None] | None = None
 

@@ -72,7 +72,7 @@ class Connection:
         assert self._writer is not None
         encoded = b"" if body is None else msgspec.json.encode(body)
         method = "GET" if body is None else "POST"
-        head = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\n"
+        head = f"{method} {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n"
         if body is not None:
             head += f"Content-Type: application/json\r\nContent-Length: {len(encoded)}\r\n"
         try:

@@ -113,14 +113,14 @@ def valid(chance: Random) -> bytes:
             post("/api/v1/wallets/target/operation", body.encode()),
             post("/api/v1/operations", f'{{"operations": [{{"wallet_uuid": "target", {body[1:]}]}}'.encode()),
             post("/api/v1/wallets", b"{}"),
-            b"GET /api/v1/wallets/target/operations?limit=5 HTTP/1.1\r\nHost: localhost\r\n\r\n",
-            b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n",
+            b"GET /api/v1/wallets/target/operations?limit=5 HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n",
+            b"GET /metrics HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n",
         ]
     )
 
 
 def post(path: str, body: bytes, *headers: str) -> bytes:
-    lines = [f"POST {path} HTTP/1.1", "Host: localhost", "Content-Type: application/json", *headers]
+    lines = [f"POST {path} HTTP/1.1", "Host: 127.0.0.1", "Content-Type: application/json", *headers]
     if not any(header.startswith("Transfer-Encoding") for header in headers):
         lines.append(f"Content-Length: {len(body)}")
     return "\r\n".join([*lines, "", ""]).encode() + body
@@ -146,7 +146,7 @@ def bad_http(chance: Random) -> list[bytes]:
         "",
     ]
     headers = [
-        "Host: localhost",
+        "Host: 127.0.0.1",
         "Host",
         ": x",
         "Content-Length: -1",
@@ -202,9 +202,9 @@ def huge_head(chance: Random) -> list[bytes]:
     return [
         chance.choice(
             [
-                b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * size + b"\r\n\r\n",
-                b"GET / HTTP/1.1\r\nHost: localhost\r\n" + b"X: y\r\n" * (size // 6) + b"\r\n",
-                b"GET /" + b"x" * size + b" HTTP/1.1\r\nHost: localhost\r\n\r\n",
+                b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nX: " + b"x" * size + b"\r\n\r\n",
+                b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n" + b"X: y\r\n" * (size // 6) + b"\r\n",
+                b"GET /" + b"x" * size + b" HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n",
                 b"X" * size,
             ]
         )
@@ -351,7 +351,7 @@ class Fuzz:
         """
         body = post("/api/v1/wallets/target/operation", b"{" + b" " * 500)
         chunked = post("/api/v1/wallets", b"5\r\n{", "Transfer-Encoding: chunked")
-        head = b"GET /api/v1/wallets/target HTTP/1.1\r\nHost: localhost\r\nX-Slow: "
+        head = b"GET /api/v1/wallets/target HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Slow: "
         bodies = BODY_TIMEOUT + LINGER_SECONDS
         heads = HEAD_TIMEOUT + WATCH_INTERVAL
         clients = [
@@ -370,7 +370,7 @@ class Fuzz:
                 ("half-sent head", head, b"", heads),
                 (
                     "half-sent head after an answer",
-                    b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n" + head,
+                    b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n" + head,
                     b"",
                     heads,
                 ),

@@ -222,7 +222,7 @@ class Stand:
 
     async def _calls_in_flight(self) -> bool:
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
-        writer.write(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        writer.write(b"GET /metrics HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n")
         metrics = (await reader.read()).decode()
         writer.close()
         lines = [line for line in metrics.splitlines() if line.startswith("wallet_calls_in_flight")]

@@ -1,0 +1,98 @@
+"""A client that openapi-python-client makes of /openapi.json knows every answer, errors too.
+
+Of openapi-generator's clients (python, java, go) and openapi-typescript's, which need Java and Node, it stands for the
+rest. What they ask of the document is in test_openapi.py.
+"""
+
+import asyncio
+import importlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from uuid import UUID, uuid4
+
+import pytest
+from aiohttp.test_utils import TestClient
+
+from app import docs
+from tests.api.door import create
+
+
+@pytest.fixture(scope="session")
+def generated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the client, package wallet_client, which was generated without a warning."""
+    folder = tmp_path_factory.mktemp("generated")
+    (folder / "openapi.json").write_bytes(docs.description())
+    beside_python = str(Path(sys.executable).parent)
+    options = ["--path", "openapi.json", "--meta", "none", "--output-path", "wallet_client", "--fail-on-warning"]
+    ran = subprocess.run(
+        [sys.executable, "-m", "openapi_python_client", "generate", *options],
+        cwd=folder,
+        env={**os.environ, "PATH": os.pathsep.join([beside_python, os.environ["PATH"]])},  # it runs ruff
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    return folder
+
+
+@pytest.fixture
+def wallet_client(generated: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    monkeypatch.syspath_prepend(generated)
+    yield importlib.import_module("wallet_client")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "wallet_client"]:
+        del sys.modules[name]
+
+
+async def test_a_generated_client_gets_every_answer_whole(client: TestClient, wallet_client: ModuleType) -> None:
+    await create(client, {"ann": 10})
+    models: Any = importlib.import_module("wallet_client.models")
+    service = wallet_client.Client(str(client.make_url("")), raise_on_unexpected_status=True)
+
+    def call(function: str, *path: str, **arguments: Any) -> Any:
+        module = importlib.import_module(f"wallet_client.api.{function}")
+        return module.sync(*path, client=service, **arguments)
+
+    def apply(operation: str, kind: str, amount: int) -> Any:
+        body = models.OperationRequest(operation, models.OperationType(kind), amount)
+        return call("operations.apply_operation", "ann", body=body)
+
+    def session() -> None:
+        operation = str(uuid4())
+        assert apply(operation, "DEPOSIT", 5) == UUID(operation)
+
+        again = apply(operation, "DEPOSIT", 5)
+        assert isinstance(again, models.Problem)
+        assert (again.status, again.code, again.same_request) == (400, "duplicate_operation", True)
+        assert (str(again.operation.operation_uuid), again.operation.balance_after) == (operation, 15)
+        assert apply(operation, "WITHDRAW", 5).same_request is False
+
+        invalid = apply("no-uuid", "DEPOSIT", 5)
+        assert (invalid.code, invalid.detail) == ("invalid_request", "body.operation_uuid: Invalid UUID")
+        assert [error.loc for error in invalid.errors] == [["body", "operation_uuid"]]
+
+        assert apply(str(uuid4()), "WITHDRAW", 16).code == "insufficient_funds"
+        assert call("wallets.get_wallet", "nobody").code == "wallet_not_found"
+        assert call("wallets.get_wallet", "ann").balance == 15
+        assert call("wallets.create_wallet").balance == 0
+        assert call("wallets.create_wallet", body=models.WalletRequest("ann")).code == "wallet_exists"
+
+        bulk = [
+            models.BulkOperation("ann", name, models.OperationType("DEPOSIT"), 2) for name in (str(uuid4()), operation)
+        ]
+        applied, refused = call("operations.apply_operations", body=models.BulkRequest(bulk)).results
+        assert (applied.applied, applied.balance_after, applied.seq) == (True, 17, 3)
+        assert (refused.applied, refused.code) == (False, "duplicate_operation")
+
+        page = call("operations.list_operations", "ann", limit=2)
+        assert ([one.seq for one in page.operations], page.next_) == ([3, 2], 2)
+        assert call("operations.list_operations", "ann", limit=2, before=page.next_).next_ is None
+        assert call("operations.get_operation", "ann", operation).seq == 2
+        assert call("operations.get_operation", "ann", str(uuid4())).code == "operation_not_found"
+        assert call("service.get_health").status == call("service.get_readiness").status == "ok"
+
+    await asyncio.to_thread(session)

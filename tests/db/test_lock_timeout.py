@@ -1,0 +1,214 @@
+"""What a call does under a lock_timeout, and what the database refuses to one request of a batch."""
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from uuid import uuid4
+
+import psycopg
+import pytest
+
+from app.problems import LOCKED, REFUSED
+from tests.cases import A, B, C, Request, deposit, withdraw
+from tests.db.door import apply, apply_all, balances, call, create, outcome
+from tests.db.test_concurrency import hold, lock, pool, session, wait_until_blocked
+
+__all__ = ["lock", "pool", "session"]
+
+WALLETS = [f"w{number}" for number in range(10)]
+
+
+@pytest.fixture
+def hasty(session: Callable[[], psycopg.Connection]) -> psycopg.Connection:
+    """A connection of the service that waits 200 ms for a lock, at most."""
+    connection = session()
+    connection.execute("set lock_timeout = '200ms'")
+    return connection
+
+
+def check(connection: psycopg.Connection, *requests: Request) -> None:
+    """Apply a batch and see that each outcome is the one that its request names."""
+    rows = apply_all(connection, requests)
+    assert [row.sqlstate for row in rows] == [request.outcome for request in requests]
+    assert [row.ordinal for row in rows] == list(range(1, len(requests) + 1))
+    for row in rows:
+        if row.sqlstate == "55P03":
+            assert (row.message, row.wallet_uuid, row.seq) == (LOCKED, None, None)
+
+
+def fresh(wallet: str, outcome: str | None = None) -> Request:
+    return deposit(wallet, uuid4(), 1, outcome)
+
+
+# A wallet that stays locked
+
+
+@pytest.mark.parametrize("alone", [True, False], ids=["alone", "with others"])
+def test_requests_for_a_locked_wallet_are_told_so_and_the_others_applied(
+    alone: bool, hasty: psycopg.Connection, lock: psycopg.Connection
+) -> None:
+    create(hasty, {"a": 0, "b": 100, "c": 0})
+    apply(hasty, deposit("b", A, 5))
+    hold(lock, "b")
+    began = time.monotonic()
+
+    others = [] if alone else [fresh("a"), fresh("nobody", "WA404"), fresh("c"), withdraw("c", uuid4(), 9, "WA402")]
+    check(
+        hasty,
+        fresh("b", "55P03"),
+        *others,
+        deposit("b", A, 5, "WA409"),
+        deposit("b", uuid4(), -1, "WA400"),
+        withdraw("b", uuid4(), 1000, "55P03"),
+    )
+
+    assert time.monotonic() - began < 1
+    lock.rollback()
+    assert balances(hasty, "bc") == {"b": 105, "c": 0 if alone else 1}
+    assert call(hasty, "verify") == []
+
+
+def test_one_operation_on_a_locked_wallet_is_told_so_unless_it_is_a_repeat(
+    hasty: psycopg.Connection, lock: psycopg.Connection
+) -> None:
+    create(hasty, {"a": 0})
+    apply(hasty, deposit("a", A, 5))
+    hold(lock, "a")
+    with pytest.raises(psycopg.Error) as locked:
+        apply(hasty, deposit("a", B, 5))
+    assert (locked.value.sqlstate, locked.value.diag.message_primary) == ("55P03", LOCKED)
+    assert outcome(hasty, deposit("a", A, 5)) == "WA409"
+
+
+def test_without_a_lock_timeout_a_call_waits(
+    service: psycopg.Connection, superuser: psycopg.Connection, lock: psycopg.Connection, pool: ThreadPoolExecutor
+) -> None:
+    create(service, {"a": 0, "b": 0})
+    hold(lock, "b")
+    waiting = pool.submit(apply_all, service, [fresh("a"), fresh("b")])
+    wait_until_blocked(superuser, service)
+    time.sleep(0.5)
+    assert not waiting.done()
+    lock.rollback()
+    assert [row.sqlstate for row in waiting.result()] == [None, None]
+
+
+def test_a_call_that_waits_for_a_wallet_holds_no_other(
+    hasty: psycopg.Connection,
+    service: psycopg.Connection,
+    superuser: psycopg.Connection,
+    lock: psycopg.Connection,
+    pool: ThreadPoolExecutor,
+) -> None:
+    create(hasty, {"a": 0, "b": 0, "c": 0})
+    hasty.execute("set lock_timeout = '20s'")
+    hold(lock, "b")
+    waiting = pool.submit(apply_all, hasty, [fresh(wallet) for wallet in "abc"])
+    wait_until_blocked(superuser, hasty)
+
+    service.execute("set lock_timeout = '1ms'")
+    assert [outcome(service, fresh(wallet)) for wallet in "ac"] == [None, None]
+
+    lock.rollback()
+    assert [row.sqlstate for row in waiting.result()] == [None, None, None]
+    assert balances(service, "abc") == {"a": 2, "b": 1, "c": 2}
+
+
+def test_who_never_names_the_locked_wallet_never_hears_of_it(
+    session: Callable[[], psycopg.Connection], lock: psycopg.Connection, pool: ThreadPoolExecutor
+) -> None:
+    connections = [session() for _ in range(8)]
+    create(connections[0], {**dict.fromkeys(WALLETS, 0), "x": 0})
+    hold(lock, "x")
+    until = time.monotonic() + 3
+
+    def batches(number: int) -> Counter[str | None]:
+        connection, told = connections[number], Counter[str | None]()
+        connection.execute("set lock_timeout = '200ms'")
+        while time.monotonic() < until:
+            wanted = [*WALLETS[number % 3 :: 2], *(["x"] if number < 2 else [])]
+            told.update(row.sqlstate for row in apply_all(connection, map(fresh, wanted)))
+        return told
+
+    told = list(pool.map(batches, range(8)))
+    assert all(one["55P03"] for one in told[:2])
+    assert [set(one) for one in told[2:]] == [{None}] * 6
+    lock.rollback()
+    total = sum(one[None] for one in told)
+    assert sum(balances(connections[0], WALLETS).values()) == total
+    assert call(connections[0], "verify") == []
+
+
+def test_the_caller_s_lock_timeout_is_what_it_was(
+    hasty: psycopg.Connection, lock: psycopg.Connection, superuser: psycopg.Connection
+) -> None:
+    create(hasty, {"a": 0, "b": 0, "c": 0})
+    hold(lock, "b")
+    superuser.execute("alter table wallet.operation add constraint small check (wallet_uuid <> 'c') not valid")
+    with hasty.transaction():
+        apply_all(hasty, [fresh(wallet) for wallet in "abcabc"])
+        assert hasty.execute("show lock_timeout").fetchone() == ("200ms",)
+    assert hasty.execute("show lock_timeout").fetchone() == ("200ms",)
+    assert balances(hasty, "abc") == {"a": 2, "b": 0, "c": 0}
+
+
+# An operation in flight
+
+
+def test_an_operation_in_flight_elsewhere_costs_its_own_request_only(
+    hasty: psycopg.Connection, lock: psycopg.Connection
+) -> None:
+    create(hasty, {"a": 0, "b": 0, "c": 0})
+    apply(lock, deposit("c", C, 1))
+    began = time.monotonic()
+    check(hasty, fresh("a"), deposit("b", C, 1, "55P03"), fresh("b"), deposit("a", A, 1), fresh("a"))
+    assert outcome(hasty, deposit("b", C, 1)) == "55P03"
+    assert time.monotonic() - began < 1
+    lock.commit()
+    assert outcome(hasty, deposit("b", C, 1)) == "WA409"
+    assert balances(hasty, "abc") == {"a": 3, "b": 1, "c": 1}
+    assert call(hasty, "verify") == []
+
+
+# What the database refuses
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 64, 257])
+@pytest.mark.parametrize("lock_timeout", ["0", "200ms"])
+def test_what_the_database_refuses_is_refused_to_its_own_request(
+    count: int, lock_timeout: str, service: psycopg.Connection, superuser: psycopg.Connection
+) -> None:
+    create(service, {"a": 0, "w": 0})
+    service.execute(f"set lock_timeout = '{lock_timeout}'".encode())
+    superuser.execute("""
+        create function public.refuse() returns trigger language plpgsql as $$ begin raise exception 'no more'; end $$;
+        create trigger refuse before insert on wallet.operation
+          for each row when (new.wallet_uuid = 'w') execute function public.refuse()""")
+    said: list[tuple[str | None, str | None]] = []
+    service.add_notice_handler(lambda one: said.append((one.sqlstate, one.message_primary)))
+    place = count // 3
+
+    requests = [fresh("a") for _ in range(count)]
+    requests[place] = fresh("w", "P0001")
+    if count > 2:
+        requests[-1] = requests[0]._replace(outcome="WA409")
+    rows = apply_all(service, requests)
+
+    assert [row.sqlstate for row in rows] == [request.outcome for request in requests]
+    assert (rows[place].message, rows[place].seq, rows[place].balance_after) == (REFUSED, None, None)
+    assert said == [("P0001", "no more")]
+    applied = [row for row in rows if row.sqlstate is None]
+    assert [row.balance_after for row in applied] == list(range(1, len(applied) + 1))
+    assert balances(service, "aw") == {"a": len(applied), "w": 0}
+    assert call(service, "verify") == []
+
+
+def test_a_seq_that_disagrees_with_the_ledger_is_no_duplicate_and_no_stale_snapshot(
+    service: psycopg.Connection, superuser: psycopg.Connection
+) -> None:
+    create(service, {"a": 5, "b": 0})
+    superuser.execute("update wallet.wallet set seq = 0 where uuid = 'a'")
+    check(service, fresh("b"), fresh("a", "23505"), fresh("b"))
+    assert outcome(service, fresh("a")) == "23505"
+    assert balances(service, "ab") == {"a": 5, "b": 2}
