@@ -152,7 +152,7 @@ class Connection(web.RequestHandler):
             if isinstance(message, _ErrInfo) and not self._body.is_eof():  # aiohttp lets its reader wait
                 self._body.set_exception(web.RequestPayloadError(message.message))
             self._body, self._head = body, 0
-        elif belongs_to_head and data and not self._close:
+        elif belongs_to_head and (self._head or data.strip()) and not self._close:  # RFC 9112, section 2.2
             if self._head == 0:
                 self._head_began = self._loop.time()
             self._head += len(data)

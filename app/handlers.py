@@ -67,8 +67,8 @@ async def apply_operations(request: web.Request) -> web.Response:
     """POST /api/v1/operations"""
     turns = request.app[TURNS]
     lanes.admit_bulk(request.app)
-    body = await receive_body(request, BULK_BODY_LIMIT)
-    asked = await turns.take(lambda: _requests(body))
+    with await receive_body(request, BULK_BODY_LIMIT) as body:
+        asked = await turns.take(lambda: _requests(body))
     outcomes = await lanes.apply_all(request.app, asked)
     return await turns.take(lambda: respond(Results(list(map(_result, asked, outcomes)))))
 

@@ -129,7 +129,7 @@ class Results(msgspec.Struct, frozen=True):
 
 
 class Room:
-    """Memory for the bodies that are being received. One up to BODY_LIMIT needs none of it.
+    """Memory for bodies from their first byte until they are decoded. One up to BODY_LIMIT needs none of it.
 
     A body that says its length has its room before its first byte is kept; one in chunks takes it as it grows.
     """
@@ -151,22 +151,45 @@ class Room:
 ROOM = web.AppKey("room", Room)
 
 
+class Body:
+    """A body that was received. Used in a `with`, whose end is the end of the body and of its room."""
+
+    __slots__ = ("_content", "_room", "_size")
+
+    def __init__(self, content: bytes | bytearray, room: Room, size: int) -> None:
+        self._content, self._room, self._size = content, room, size
+
+    def __enter__(self) -> bytes | bytearray:
+        """Return the bytes."""
+        return self._content
+
+    def __exit__(self, *_: object) -> None:
+        """Free the bytes, whoever still holds them, and their room."""
+        if isinstance(self._content, bytearray):
+            self._content.clear()
+        self._content = b""
+        self._room.give_back(self._size)
+
+
 async def read_body(request: web.Request, decoder: msgspec.json.Decoder[T], limit: int = BODY_LIMIT) -> T:
     """Receive and decode a request's body. Raises Problem as these two do."""
-    return decode_body(await receive_body(request, limit), decoder)
+    with await receive_body(request, limit) as body:
+        return decode_body(body, decoder)
 
 
-async def receive_body(request: web.Request, limit: int) -> bytes | bytearray:
+async def receive_body(request: web.Request, limit: int) -> Body:
     """Receive a request's body. Raises Problem: 400 for one that ends early, 408, 413, 415, 429."""
     _check_content_type(request)
     try:
         if (request.content_length or 0) > limit:
             raise _too_large(limit)
         if request.content.is_eof():  # it came along with the head, as nearly always: nothing to wait for
-            body: bytes | bytearray = request.content.read_nowait()
+            body = request.content.read_nowait()
             if len(body) > limit:
                 raise _too_large(limit)
-            return body
+            room, size = request.app[ROOM], len(body) if len(body) > BODY_LIMIT else 0
+            room.take(size)
+            return Body(body, room, size)
         return await _receive(request, limit)
     except (web.RequestPayloadError, HttpProcessingError) as error:
         _forget(error)
@@ -284,7 +307,7 @@ def _check_content_type(request: web.Request) -> None:
         raise Problem(415, "unsupported_media_type", "Content-Type must be application/json in UTF-8")
 
 
-async def _receive(request: web.Request, limit: int) -> bytearray:
+async def _receive(request: web.Request, limit: int) -> Body:
     """Return a body that is still on its way, within the limits of time and memory."""
     room, loop = request.app[ROOM], asyncio.get_running_loop()
     body, taken = bytearray(), 0
@@ -305,9 +328,10 @@ async def _receive(request: web.Request, limit: int) -> bytearray:
                     room.take(len(body) - taken)
                     taken = len(body)
                 patience.reschedule(min(loop.time(), began + len(body) / BODY_RATE) + BODY_TIMEOUT)
-        return body
-    finally:
+    except BaseException:
         room.give_back(taken)
+        raise
+    return Body(body, room, taken)
 
 
 def _forget(error: Exception) -> None:

@@ -31,19 +31,19 @@ def guard(settings: Settings) -> Callable[[web.Request], None]:
     named = settings.allowed_hosts
     any_host = named is None and not _is_loopback(settings.host)
 
-    @functools.lru_cache(1024)
-    def is_known(host: str) -> bool:
-        try:
-            return is_own(*split_host(host))
-        except ValueError:
-            return False
-
     def is_own(host: str, port: int | None) -> bool:
         return (
             _is_loopback_name(host)
             or host == settings.host.lower().strip("[]")
             or any(host == name and wanted in (None, port) for name, wanted in map(split_host, names(named)))
         )
+
+    @functools.lru_cache(1024)
+    def is_known(header: str) -> bool:
+        try:
+            return is_own(*split_host(header))
+        except ValueError:
+            return False
 
     def check(request: web.Request) -> None:
         headers = request.headers

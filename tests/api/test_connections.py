@@ -17,7 +17,7 @@ import pytest
 from aiohttp.test_utils import TestClient
 from pytest_aiohttp.plugin import AiohttpClient
 
-from app import connections, messages
+from app import connections, handlers, messages
 from app.application import make_app
 from app.messages import BODY_LIMIT, BULK_BODY_LIMIT
 from app.settings import Settings
@@ -148,6 +148,19 @@ async def test_a_chunked_body_takes_room_as_it_grows(database_url: str, aiohttp_
     refused = await client.post(BULK, data=grown(BODY_LIMIT + 2048), headers=headers)
     assert (await problem(refused, 429, "overloaded"))["detail"]
     assert int(refused.headers["Retry-After"]) > 0
+
+
+async def test_a_body_has_its_room_until_it_is_decoded(database_url: str, aiohttp_client: AiohttpClient) -> None:
+    """Bodies that have arrived wait for their turn to be decoded."""
+    client = await aiohttp_client(make_app(Settings(database_url=database_url, body_memory=4)))
+    body = json.dumps({"operations": []}).encode().ljust(3 * MIB)
+    headers = {"Content-Type": "application/json"}
+    async with client.app[handlers.TURNS]._lock:
+        waiting = asyncio.create_task(client.post(BULK, data=body, headers=headers))
+        await until(lambda: bool(client.app[handlers.TURNS]._lock._waiters))
+        await problem(await client.post(BULK, data=body, headers=headers), 429, "overloaded")
+    assert (await waiting).status == 200
+    assert (await client.post(BULK, data=body, headers=headers)).status == 200
 
 
 def test_who_hangs_up_while_sending_is_no_fault_of_the_service_or_its_database(start: Start) -> None:
@@ -306,7 +319,7 @@ async def test_a_connection_may_idle_between_requests(client: TestClient, monkey
     reader, writer = await asyncio.open_connection(client.host, client.port)
     for _ in range(2):
         await asyncio.sleep(0.5)
-        writer.write(head("/healthz", method="GET"))
+        writer.write(head("/healthz", method="GET") + b"\r\n")  # an empty line too many is no head
         assert (await reader.readuntil(b'{"status":"ok"}')).split()[1] == b"200"
     writer.close()
 

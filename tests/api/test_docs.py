@@ -125,6 +125,7 @@ def browser(tmp_path: Path) -> Iterator[webdriver.Chrome]:
         "disable-component-update",
         "disable-sync",
         "window-size=1280,2000",
+        "host-resolver-rules=MAP evil.example 127.0.0.1",
         f"user-data-dir={tmp_path}/profile",
     ):
         options.add_argument(f"--{flag}")

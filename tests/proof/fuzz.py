@@ -15,6 +15,7 @@ from pathlib import Path
 from random import Random
 from socket import SO_LINGER, SOL_SOCKET
 
+from app.connections import HEAD_TIMEOUT, WATCH_INTERVAL
 from app.messages import BODY_TIMEOUT
 from tests.api.test_openapi import DOCUMENT, METHODS, closed
 from tests.api.test_process import Service
@@ -32,8 +33,10 @@ GROWTH = 24 * 2**20
 """Bytes that the service may grow by between the first fifth of the attacks and the end."""
 LOG_PER_ATTACK = 1000
 """Bytes of log that an attack may leave, on the average: some are a dozen requests, a line each."""
-HEAD_SECONDS = 75.0
-"""Seconds until aiohttp closes a connection without a whole head, from its start or its last answer on."""
+SILENT_SECONDS = 75.0
+"""Seconds until aiohttp closes a connection on which nothing was sent, from its start or its last answer on."""
+CLIENTS_FAULT = (b"501", b"505")
+"""Answers of 500 and above that say what a client did wrong."""
 LINGER_SECONDS = 10.0
 """Seconds that aiohttp goes on reading a body after it was answered."""
 SLACK = 3.0
@@ -309,7 +312,7 @@ class Fuzz:
         writer.close()
         for status in re.findall(rb"HTTP/1\.[01] (\d{3})", said):
             self.account.counts["answers"] += 1
-            if status.startswith(b"5"):
+            if status.startswith(b"5") and status not in CLIENTS_FAULT:
                 self.account.findings.append(f"{status.decode()} for {b''.join(pieces)[:500]!r}")
 
     async def neighbour(self) -> int:
@@ -350,6 +353,7 @@ class Fuzz:
         chunked = post("/api/v1/wallets", b"5\r\n{", "Transfer-Encoding: chunked")
         head = b"GET /api/v1/wallets/target HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Slow: "
         bodies = BODY_TIMEOUT + LINGER_SECONDS
+        heads = HEAD_TIMEOUT + WATCH_INTERVAL
         clients = [
             ("half-sent body", body[:-400], b"", bodies),
             ("half-sent chunk", chunked, b"", bodies),
@@ -363,15 +367,15 @@ class Fuzz:
         ]
         if not self.short:
             clients += [
-                ("half-sent head", head, b"", HEAD_SECONDS),
+                ("half-sent head", head, b"", heads),
                 (
                     "half-sent head after an answer",
                     b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n" + head,
                     b"",
-                    HEAD_SECONDS,
+                    heads,
                 ),
-                ("slow head", head, b"x", HEAD_SECONDS),
-                ("silent connection", b"", b"", HEAD_SECONDS),
+                ("slow head", head, b"x", heads),
+                ("silent connection", b"", b"", SILENT_SECONDS),
             ]
         await asyncio.gather(*(self.stalled(*client) for client in clients for _ in range(3)))
 

@@ -202,7 +202,7 @@ uneven_arrays = (
     )
 )
 NO_JSON = [b"", b"{", b"\xff", b"{} {}", b"[]", b"null", b'"text"', b"{}", b"[" * 20_000]
-WRONG_AMOUNTS: list[Any] = [0, -1, MAX + 1, 10**400, 1.0, 1.5, "1", True, None, [], float("nan")]
+WRONG_AMOUNTS: list[Any] = [0, -1, MAX + 1, 10**400, 1.5, 2.0**53, "1", True, None, [], float("nan")]
 WRONG_FIELDS: list[dict[str, Any]] = [
     *({"amount": amount} for amount in WRONG_AMOUNTS),
     *({"operation_type": kind} for kind in ("deposit", "", None, 1, ["DEPOSIT"])),
@@ -326,13 +326,15 @@ class Wallets(RuleBasedStateMachine):
         status, answer = self.doors.rest("POST", "/api/v1/operations", json.dumps({"operations": operations}).encode())
         assert status == 200
         expected = []
-        for one, outcome in outcomes:
+        for (one, outcome), shown_result in zip(outcomes, answer["results"], strict=True):
             result: dict[str, Any] = {"operation_uuid": str(one.operation), "applied": outcome is None}
             if outcome is None:
                 recorded = self.model.operations[one.operation]
                 result |= {"balance_after": recorded.balance_after, "seq": recorded.seq}
             else:
                 result |= {"code": PROBLEMS[outcome][1], "detail": MESSAGES.get(outcome, NIL_MESSAGE)}
+                self.tells_of_a_duplicate(one, outcome, shown_result)
+                result |= {name: shown_result[name] for name in ("operation", "same_request") if name in shown_result}
             expected.append(result)
         assert answer == {"results": expected}
         self.step("bulk over REST", *(outcome for _, outcome in outcomes))
@@ -430,14 +432,18 @@ class Wallets(RuleBasedStateMachine):
             assert answer == (200, str(asked.operation))
             return None
         refused(answer, expected)
-        recorded = self.model.recorded(asked, expected)
-        if recorded is None:
-            assert "operation" not in answer[1]
-            assert "same_request" not in answer[1]
-        else:
-            assert told(answer[1]["operation"]) == recorded
-            assert answer[1]["same_request"] is ((asked.type, asked.amount) == (recorded.type, recorded.amount))
+        self.tells_of_a_duplicate(asked, expected, answer[1])
         return expected
+
+    def tells_of_a_duplicate(self, asked: Request, outcome: str, answer: dict[str, Any]) -> None:
+        """Compare what a refusal tells of the operation that is recorded; only of the same wallet's is there any."""
+        recorded = self.model.recorded(asked, outcome)
+        if recorded is None:
+            assert "operation" not in answer
+            assert "same_request" not in answer
+        else:
+            assert told(answer["operation"]) == recorded
+            assert answer["same_request"] is ((asked.type, asked.amount) == (recorded.type, recorded.amount))
 
     def over_sql(self, asked: Request) -> str | None:
         sqlstate, rows = self.doors.sql("apply_operation", *asked)
