@@ -19,6 +19,9 @@ ACCESS_LOG = web.AppKey("access_log", AccessLog)
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 """What may stand in a metric's label: a client could send any word."""
 
+PROBE = "/readyz"
+"""What is asked all day long: it leaves a line only if all is not well."""
+
 _GOOD_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 
 
@@ -46,7 +49,7 @@ async def answer(app: web.Application, handler: Handler, request: web.Request) -
     method = request.method if request.method in METHODS else "other"
     _histogram(method, route, response.status).observe(seconds)
     log = app[ACCESS_LOG]
-    if log.enabled:
+    if log.enabled and (route != PROBE or response.status != 200):
         asked = (request.method, request.rel_url.raw_path[:200]) if match is not None else ("-", "-")
         ms = round(seconds * 1000, 3)
         log.add(AccessLine(datetime.now(UTC), request_id, *asked, response.status, ms, request.remote or ""))

@@ -13,12 +13,10 @@ from collections.abc import Callable
 from urllib.parse import urlsplit
 
 from aiohttp import hdrs, web
-from multidict import istr
 
 from app.problems import Problem
 from app.settings import HOST, Settings
 
-SEC_FETCH_SITE = istr("Sec-Fetch-Site")
 OWN_SITES = ("same-origin", "none")
 """What Sec-Fetch-Site says of this service's own pages, and of what a person typed or opened from a bookmark."""
 PAGES = ("/docs", "/docs/")
@@ -50,7 +48,7 @@ def guard(settings: Settings) -> Callable[[web.Request], None]:
         own = headers.get(hdrs.HOST)
         if own is not None and not any_host and not is_known(own):
             raise Problem(421, "misdirected_request", "Host is none of this service's names: see ALLOWED_HOSTS")
-        site = headers.get(SEC_FETCH_SITE)
+        site = headers.get("Sec-Fetch-Site")
         if site is not None and site not in OWN_SITES and not _is_link(request):
             raise foreign_origin()
         origin = headers.get(hdrs.ORIGIN)

@@ -366,6 +366,14 @@ def test_all_that_comes_out_of_one_pipe_is_json(database_url: str, tmp_path: Pat
         process.wait(30)
 
 
+def test_a_probe_leaves_a_line_only_if_all_is_not_well(start: Start, superuser: psycopg.Connection) -> None:
+    service = start()
+    assert service.ask("GET", "/readyz")[0] == 200
+    superuser.execute("drop function wallet.contract_version")
+    assert service.ask("GET", "/readyz")[0] == 503
+    assert [line["status"] for line in service.lines() if line["logger"] == "access"] == [503]
+
+
 # The request's id
 
 
