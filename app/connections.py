@@ -151,7 +151,8 @@ class Connection(web.RequestHandler):
             message, body = self._messages[-1]
             if isinstance(message, _ErrInfo) and not self._body.is_eof():  # aiohttp lets its reader wait
                 self._body.set_exception(web.RequestPayloadError(message.message))
-            self._body, self._head = body, 0
+            self._body = EMPTY_PAYLOAD if body.is_eof() else body  # else each would live until the next request
+            self._head = 0
         elif belongs_to_head and (self._head or data.strip()) and not self._close:  # RFC 9112, section 2.2
             if self._head == 0:
                 self._head_began = self._loop.time()

@@ -55,7 +55,10 @@ async def apply_operation(request: web.Request) -> web.Response:
     name = wallet_uuid(request)
     operation = await read_body(request, _new_operation)
     asked = Request(name, operation.operation_uuid, operation.operation_type, operation.amount)
-    outcome = await lanes.apply_one(request.app, asked)
+    began = asyncio.get_running_loop().time()
+    [outcome] = await lanes.apply_one(request.app, asked)
+    if not outcome.is_ours():
+        [outcome] = await lanes.settle(request.app, [asked], [outcome], began)
     if outcome.sqlstate is not None:
         recorded = outcome.recorded(asked)
         same_request = None if recorded is None else outcome.is_repeat_of(asked)

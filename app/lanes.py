@@ -19,7 +19,7 @@ import contextlib
 import logging
 from bisect import insort
 from collections import defaultdict, deque
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Iterable, Sequence
 from itertools import islice
 from operator import attrgetter
 from typing import NamedTuple
@@ -296,18 +296,14 @@ def admit_bulk(app: web.Application) -> None:
     app[BULK].see_room()
 
 
-async def apply_one(app: web.Application, request: Request) -> Outcome:
-    """Apply a request on its wallet's lane. Raises Problem (429), and TimeoutError if its outcome is unknown."""
+def apply_one(app: web.Application, request: Request) -> Awaitable[list[Outcome]]:
+    """Queue a request on its wallet's lane and return what its outcome is awaited from, in a list.
+
+    Raises Problem (429), and TimeoutError if the outcome is unknown. One that is not ours still has to be settled.
+    """
     lanes = app[LANES]
     lane = lanes[hash(request.wallet_uuid) % len(lanes)]
-    if not app[SIDING].wallets:  # the shorter way for nearly all
-        began = asyncio.get_running_loop().time()
-        [outcome] = await lane.apply([request])
-        if not outcome.is_ours():
-            [outcome] = await _settle(app, [request], [outcome], began)
-        return outcome
-    [outcome] = await _apply(app, lane, [request])
-    return outcome
+    return lane.apply([request]) if not app[SIDING].wallets else _apply(app, lane, [request])
 
 
 async def apply_all(app: web.Application, requests: Sequence[Request]) -> list[Outcome]:
@@ -324,13 +320,16 @@ async def _apply(app: web.Application, lane: Lane, requests: Sequence[Request]) 
     if free:
         for number, outcome in zip(free, await lane.apply([requests[number] for number in free]), strict=True):
             outcomes[number] = outcome
-    return await _settle(app, requests, outcomes, began)
+    return await settle(app, requests, outcomes, began)
 
 
-async def _settle(
+async def settle(
     app: web.Application, requests: Sequence[Request], outcomes: list[Outcome], began: float
 ) -> list[Outcome]:
-    """Note what wallets are in trouble, and try on the siding what they keep locked. `began`: on the loop's clock."""
+    """Note which wallets are in trouble, and try on the siding what waits for locked ones.
+
+    `began`: when the client asked, on the loop's clock. Raises TimeoutError if an outcome is unknown.
+    """
     siding = app[SIDING]
     until = began + app[SETTINGS].request_deadline
     locked: dict[str, list[int]] = defaultdict(list)
