@@ -4,6 +4,8 @@ import asyncio
 import contextlib
 import os
 import signal
+import socket
+import struct
 import subprocess
 import tempfile
 import time
@@ -19,11 +21,13 @@ import asyncpg
 import uvloop
 
 from app.embedded import Postgres, connection_url
+from app.messages import BULK_BODY_LIMIT
 from app.migrations import LOGIN, dbmate
 from app.settings import CHECKOUT
 from tests.proof.clients import WALLETS, Load
 from tests.proof.history import LOCKED, NOT_APPLIED, REFUSED, UNKNOWN, History, findings
 from tests.proof.section import Account, Scale
+from tests.proof.service import memory
 from tests.proof.stand import STAND, Stand, server, stand
 from tests.proxy import Point
 
@@ -34,6 +38,10 @@ RECOVERY = 1.0
 """Seconds that the service has, from the database's first direct write on, until its first 200 after a long outage."""
 
 
+UNREAD_LINES = 6000
+"""Operations while nobody reads the log."""
+UPLOAD_GROWTH = 64
+"""MiB that the workers may hold more after 160 MiB of aborted uploads: what the allocator keeps of those at once."""
 FELLOW = 0.5
 """Seconds that the slowest 1 % of requests may take because of a wallet that is none of theirs."""
 
@@ -302,6 +310,45 @@ async def sessions_are_poisoned(trial: Trial) -> None:
     await trial.recovers_in_time(over)
 
 
+async def log_is_not_read(trial: Trial) -> None:
+    """Whoever reads the service's log stops reading; there is a line for each request, and no room for so many."""
+    assert trial.stand.log_reader is not None
+    trial.stand.log_reader.send_signal(signal.SIGSTOP)
+    try:
+        await trial.load.progress(UNREAD_LINES)
+    finally:
+        trial.stand.log_reader.send_signal(signal.SIGCONT)
+    await trial.some_progress()
+
+
+async def uploads_are_aborted(trial: Trial) -> None:
+    """Clients send a large body but for its last byte, and hang up without a word."""
+    await trial.some_progress()
+    before = memory(trial.stand.workers())
+    for _ in range(5):
+        await asyncio.gather(*(abort_upload(trial.stand.port) for _ in range(8)))
+    trial.account.counts["aborted uploads"] += 40
+    await trial.some_progress()
+    grown = (memory(trial.stand.workers()) - before) / 2**20
+    largest = trial.account.figures.get("most grown MiB", 0)
+    trial.account.figures["most grown MiB"] = max(largest, round(grown, 1))
+    if grown > UPLOAD_GROWTH:
+        trial.account.findings.append(f"40 aborted uploads of 4 MB: {grown:.0f} MiB more")
+
+
+async def abort_upload(port: int) -> None:
+    """Send all but the last byte of the largest body, then reset the connection."""
+    _, writer = await asyncio.open_connection("127.0.0.1", port)
+    head = "POST /api/v1/operations HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+    writer.write(f"{head}Content-Length: {BULK_BODY_LIMIT}\r\n\r\n".encode())
+    writer.write(b" " * (BULK_BODY_LIMIT - 1))
+    with contextlib.suppress(OSError):
+        await writer.drain()
+    linger = struct.pack("ii", 1, 0)  # a reset instead of an end (socket(7), SO_LINGER)
+    writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+    writer.transport.abort()
+
+
 async def functions_are_replaced(trial: Trial) -> None:
     """Every function anew, and dbmate twice at once: on this database, which is migrated, and on an empty one."""
     await trial.some_progress()
@@ -383,6 +430,8 @@ FAULTS = {
     "wallet-locked": Fault(wallet_is_locked, 20, 2, Outage.LONGER, settings=QUICK),
     "wallet-refused": Fault(database_refuses_a_wallet, 20, 2, Outage.LONGER, settings=QUICK),
     "sessions-poisoned": Fault(sessions_are_poisoned, 20, 2, Outage.LONGER, settings=QUICK),
+    "log-not-read": Fault(log_is_not_read, 20, 2, Outage.SHORTER, settings={"LOG_LEVEL": "INFO"}),
+    "uploads-aborted": Fault(uploads_are_aborted, 20, 2, Outage.SHORTER),
     "functions-replaced": Fault(functions_are_replaced, 50, 3, Outage.SHORTER),
 }
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import IO, Any
 
 import asyncpg
 import psycopg
@@ -106,6 +106,8 @@ class Stand:
         """Where the service finds its database: PostgreSQL, or a proxy."""
         self.process: subprocess.Popen[bytes] | None = None
         self.log = log
+        self.log_reader: subprocess.Popen[bytes] | None = None
+        """Who reads the service's log, if it logs every request: keeps what is no request's line."""
         self._command = command
         self._settings = {"PORT": str(self.port), "WORKERS": str(workers), "LOG_LEVEL": "WARNING", **settings}
 
@@ -117,7 +119,13 @@ class Stand:
     async def start_service(self) -> None:
         """Start the service and wait until it answers."""
         url = connection_url(self.database_host, LOGIN, STAND)
-        with self.log.open("ab") as log:
+        with contextlib.ExitStack() as stack:
+            log: IO[bytes] = stack.enter_context(self.log.open("ab"))
+            if self._settings["LOG_LEVEL"] == "INFO":
+                keep = ["grep", "--line-buffered", "-v", '"logger":"access"']
+                self.log_reader = subprocess.Popen(keep, stdin=subprocess.PIPE, stdout=log)  # noqa: ASYNC220
+                assert self.log_reader.stdin is not None
+                log = stack.enter_context(self.log_reader.stdin)
             self.process = subprocess.Popen(  # noqa: ASYNC220
                 [sys.executable, "-m", *self._command],
                 cwd=CHECKOUT,
@@ -282,3 +290,5 @@ async def stand(
         finally:
             if running.is_running():
                 await running.kill_service()
+            if running.log_reader is not None:
+                await asyncio.to_thread(running.log_reader.wait, 30)
