@@ -19,7 +19,7 @@ import contextlib
 import logging
 from bisect import insort
 from collections import defaultdict, deque
-from collections.abc import AsyncIterator, Awaitable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Iterable, Sequence, Set
 from itertools import islice
 from operator import attrgetter
 from typing import NamedTuple
@@ -35,7 +35,7 @@ BULK_LINES = 2
 """Connections for bulk requests in each worker."""
 BULK_BATCH = 4096
 """Operations in a call that several bulk requests share, at most. A larger request goes by itself."""
-BULK_PATIENCE = 5
+BULK_PATIENCE = 4
 """Times that a bulk call waits for locks as long as others do: what it waits for may be another bulk call."""
 LINGER = 0.005
 """Seconds that bulk requests wait, at most, for others to share a call while another call is under way."""
@@ -44,8 +44,9 @@ HEADROOM = 0.1
 
 With less, after an outage as long as the deadline, the oldest request of each call would spoil it for all the others.
 """
-SIDING_HEADROOM = 2 * HEADROOM
-"""The same for requests on the siding, whose calls take as long as a lock_timeout."""
+BULK_HEADROOM = 2 * HEADROOM
+SIDING_HEADROOM = 3 * HEADROOM
+"""The same for calls that wait longer for locks."""
 SIDING_PATIENCE = 2.5
 """Times that a call of the siding waits for a lock as long as others do: a wallet may be in the hands of long calls."""
 SIDING_SHARE = 100
@@ -76,11 +77,14 @@ def _size(waiting: Iterable[Waiting]) -> int:
 class Lane:
     """A queue of requests and the lines that send them: all that wait in one call, one call at a time on each line."""
 
-    def __init__(self, name: str, batch: int, limit: int, deadline: float) -> None:
+    def __init__(self, name: str, batch: int, limit: int, deadline: float, headroom: float = HEADROOM) -> None:
         self._gauge = LANE_WAITING.labels(name)
         self._batch = batch
         self._limit = limit
         self._deadline = deadline
+        self._headroom = headroom * deadline
+        self.trouble: Set[str] = frozenset()
+        """Wallets whose single requests don't go on this lane; those that wait already are answered 55P03."""
         self._waiting: deque[Waiting] = deque()
         self._sent: dict[Line, list[Waiting]] = {}
         self._late: list[Waiting] = []
@@ -136,6 +140,7 @@ class Lane:
                 await self._linger()
             self._sent[line] = self._take()
             await self._send(line)
+            await asyncio.sleep(0)  # whoever was answered goes first, and may find a wallet in trouble
 
     async def _linger(self) -> None:
         """While another line has a call under way, wait a little for as many requests as it carries.
@@ -157,15 +162,19 @@ class Lane:
         room = self._batch
         while self._waiting and (room >= len(self._waiting[0].requests) or not taken):
             waiting = self._waiting.popleft()
-            if not waiting.outcomes.done():  # else it was given up before it was sent
-                taken.append(waiting)
-                room -= len(waiting.requests)
+            if waiting.outcomes.done():  # it was given up before it was sent
+                continue
+            if self.trouble and len(waiting.requests) == 1 and waiting.requests[0].wallet_uuid in self.trouble:
+                waiting.outcomes.set_result([refused("55P03")])
+                continue
+            taken.append(waiting)
+            room -= len(waiting.requests)
         self._gauge.set(len(self._waiting))
         return self._with_headroom(taken)
 
     def _with_headroom(self, sent: list[Waiting]) -> list[Waiting]:
         """Return those that have time for a call; the others wait for their 503."""
-        least = self._loop.time() + HEADROOM * self._deadline
+        least = self._loop.time() + self._headroom
         self._late += [waiting for waiting in sent if waiting.until <= least]
         return [waiting for waiting in sent if waiting.until > least]
 
@@ -218,8 +227,7 @@ class Siding(Lane):
     """
 
     def __init__(self, limit: int, deadline: float) -> None:
-        super().__init__("siding", BULK_BATCH, limit, deadline)
-        self._headroom = SIDING_HEADROOM * deadline
+        super().__init__("siding", BULK_BATCH, limit, deadline, SIDING_HEADROOM)
         self.wallets: set[str] = set()
         """The wallets in trouble, until a request for them has had an outcome of ours."""
 
@@ -353,8 +361,10 @@ async def lanes(app: web.Application) -> AsyncIterator[None]:
     settings = app[SETTINGS]
     deadline = settings.request_deadline
     lanes = [Lane(str(number), settings.lane_batch, settings.lane_queue, deadline) for number in range(settings.lanes)]
-    bulk = Lane("bulk", BULK_BATCH, settings.bulk_queue, deadline)
+    bulk = Lane("bulk", BULK_BATCH, settings.bulk_queue, deadline, BULK_HEADROOM)
     siding = Siding(settings.lane_queue, deadline)
+    for lane in (*lanes, bulk):
+        lane.trouble = siding.wallets
     app[LANES], app[BULK], app[SIDING] = lanes, bulk, siding
     kept = [(lane, Line(settings)) for lane in lanes]
     lent = [(bulk, Line(settings, BULK_PATIENCE)) for _ in range(BULK_LINES)]

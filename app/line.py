@@ -19,7 +19,7 @@ from app.settings import Settings
 
 LOCK_TIMEOUT = 0.2
 """Seconds that a call waits for wallets that others have locked, at most."""
-LOCK_SHARE = 0.05
+LOCK_SHARE = 0.03
 """The part of a deadline that this takes, at most."""
 CLOCK_AGE = 5.0
 """Seconds after which the database's clock is read again."""
@@ -114,6 +114,7 @@ class Line:
         self._abandoned: asyncpg.Record | None = None
         self._abandoned_until = 0.0
         self._lost = False
+        self._suspect = False
         self._clock: datetime | None = None
         self._clock_read = 0.0
 
@@ -136,6 +137,8 @@ class Line:
             raise
         finally:
             CALLS_IN_FLIGHT.dec()
+            if self._suspect:
+                await self.close()
         count(requests, outcomes)
         return outcomes
 
@@ -147,7 +150,7 @@ class Line:
         pause = pauses()
         objection = None
         now = asyncio.get_running_loop().time()
-        limit = now + FIRST_ATTEMPT * (last - now)
+        limit = min(last, now + max(FIRST_ATTEMPT * (last - now), 3 * self._lock_timeout))
         while True:
             called = False
             try:
@@ -185,6 +188,7 @@ class Line:
 
     async def close(self) -> None:
         """Close the connection."""
+        self._suspect = False
         if self._connection is not None:
             self._connection.terminate()
             self._connection = None
@@ -209,7 +213,10 @@ class Line:
                     self._lost = True
                     self._abandoned = self._backend
                     self._abandoned_until = last + LEAD * self._deadline
-                await self.close()
+                if len(requests) > 1 and not is_passing(error):
+                    self._suspect = True  # it goes on for the parts of this call: a new one for each takes too long
+                else:
+                    await self.close()
             raise
 
     async def _prepare(self) -> datetime:
