@@ -21,6 +21,8 @@ LOCK_TIMEOUT = 0.2
 """Seconds that a call waits for wallets that others have locked, at most."""
 LOCK_SHARE = 0.03
 """The part of a deadline that this takes, at most."""
+LEAST_ATTEMPT = 0.2
+"""The part of a deadline that every attempt may take, if there is so much: it has to wait for locks, too."""
 CLOCK_AGE = 5.0
 """Seconds after which the database's clock is read again."""
 LEAD = 0.05
@@ -150,7 +152,7 @@ class Line:
         pause = pauses()
         objection = None
         now = asyncio.get_running_loop().time()
-        limit = min(last, now + max(FIRST_ATTEMPT * (last - now), 3 * self._lock_timeout))
+        limit = min(last, now + max(FIRST_ATTEMPT * (last - now), LEAST_ATTEMPT * self._deadline))
         while True:
             called = False
             try:
