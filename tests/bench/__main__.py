@@ -79,7 +79,9 @@ def baseline(bench: Bench, report: Report, kind: str, *, connections: int, secon
         command = ["tests.bench.baselines", kind]
         with service(command, DATABASE_URL=bench.postgres.url("wallet_service", database), POOL_SIZE=32) as port:
             wrk(port, connections, 1)
-            report.add(f"REST {kind}, {connections} connections", wrk(port, connections, seconds))
+            result = wrk(port, connections, seconds)
+            assert result["not_2xx"] == 0, "a baseline that refuses measures nothing"
+            report.add(f"REST {kind}, {connections} connections", result)
 
 
 def sql(

@@ -11,8 +11,9 @@ import uvloop
 from aiohttp import web
 
 from app import database
+from app.application import MIB
 from app.database import POOL, SETTINGS
-from app.messages import NewOperation, read_body, respond, wallet_uuid
+from app.messages import ROOM, NewOperation, Room, read_body, respond, wallet_uuid
 from app.problems import problems
 from app.settings import from_environment
 from app.supervisor import spare_the_collector
@@ -41,8 +42,9 @@ async def single(request: web.Request) -> web.Response:
 
 def main(kind: str) -> None:
     settings = from_environment()
-    app = web.Application(middlewares=[problems])
+    app = web.Application(middlewares=[web.middleware(problems)])
     app[SETTINGS] = settings
+    app[ROOM] = Room(settings.body_memory * MIB)
     app.cleanup_ctx.append(database.pool)
     app.router.add_post("/api/v1/wallets/{wallet_uuid}/operation", {"ceiling": ceiling, "single": single}[kind])
     spare_the_collector()
