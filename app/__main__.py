@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> int:
 
 def serve(configured: settings.Settings) -> None:
     """Serve until told to stop. The folder in which workers share metrics must be there before prometheus-client is."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # now: PID 1 is deaf without, and the import takes long
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # first: PID 1 is deaf without, and imports take long
     with contextlib.ExitStack() as stack:
         if configured.workers > 1:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="wallet-metrics-"))

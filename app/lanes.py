@@ -29,10 +29,12 @@ from aiohttp import web
 from app.database import IDLE, SETTINGS
 from app.line import LEAD, Line, Outcome, Request, refused
 from app.metrics import LANE_WAITING, WALLETS_APART
-from app.problems import Problem
+from app.problems import RETRY, Problem
 
 BULK_LINES = 2
 """Connections for bulk requests in each worker."""
+SIDING_LINES = 1
+"""Connections for wallets in trouble in each worker."""
 BULK_BATCH = 4096
 """Operations in a call that several bulk requests share, at most. A larger request goes by itself."""
 BULK_PATIENCE = 4
@@ -296,7 +298,7 @@ SIDING = web.AppKey("siding", Siding)
 
 def overloaded() -> Problem:
     """Return the 429 for a request that may not wait."""
-    return Problem(429, "overloaded", "Too many requests are waiting", headers={"Retry-After": "1"})
+    return Problem(429, "overloaded", "Too many requests are waiting", headers=RETRY)
 
 
 def admit_bulk(app: web.Application) -> None:
@@ -368,7 +370,7 @@ async def lanes(app: web.Application) -> AsyncIterator[None]:
     app[LANES], app[BULK], app[SIDING] = lanes, bulk, siding
     kept = [(lane, Line(settings)) for lane in lanes]
     lent = [(bulk, Line(settings, BULK_PATIENCE)) for _ in range(BULK_LINES)]
-    lent.append((siding, Line(settings, SIDING_PATIENCE)))
+    lent += [(siding, Line(settings, SIDING_PATIENCE)) for _ in range(SIDING_LINES)]
     tasks = [asyncio.create_task(lane.run(line)) for lane, line in kept]
     tasks += [asyncio.create_task(lane.run(line, IDLE)) for lane, line in lent]
     yield

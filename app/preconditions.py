@@ -6,11 +6,9 @@ from typing import Any
 import asyncpg
 
 from app.database import CONNECT_TIMEOUT, connect, is_migrated, is_writable
-from app.lanes import BULK_LINES
+from app.lanes import BULK_LINES, SIDING_LINES
 from app.settings import Settings, StartupError
 
-LOCKED_LINES = 1
-"""Connections for wallets that somebody keeps locked, in each worker."""
 ATTEMPTS = 3
 """Looks for a pooler: one may lend the same backend by chance, where it has few."""
 TIMEOUT = 5.0
@@ -19,7 +17,7 @@ TIMEOUT = 5.0
 
 def sessions(settings: Settings) -> int:
     """Return how many sessions the service may have at once."""
-    return settings.workers * (settings.pool_size + settings.lanes + BULK_LINES + LOCKED_LINES)
+    return settings.workers * (settings.pool_size + settings.lanes + BULK_LINES + SIDING_LINES)
 
 
 async def check(settings: Settings) -> None:
@@ -121,7 +119,7 @@ async def see_that_sessions_fit(connection: Any, settings: Settings) -> None:
         if 0 <= limit < room:
             room, why = limit, f"the connection limit of the {whose}"
     if (wanted := sessions(settings)) > room:
-        beside = BULK_LINES + LOCKED_LINES
+        beside = BULK_LINES + SIDING_LINES
         raise StartupError(
             f"the settings want {wanted} sessions, WORKERS {settings.workers} x (POOL_SIZE {settings.pool_size} "
             f"+ LANES {settings.lanes} + {beside}), and the database has room for {room} ({why})"

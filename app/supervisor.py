@@ -41,7 +41,6 @@ _fork = multiprocessing.get_context("fork")
 
 def serve(settings: Settings) -> None:
     """Serve until SIGINT or SIGTERM. Raises StartupError if that cannot begin."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the workers run, both interrupt the start
     raise_file_limit()
     logs.configure(settings.log_level)
     with contextlib.ExitStack() as stack:
