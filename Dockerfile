@@ -16,7 +16,7 @@ RUN pip install --no-cache-dir --root-user-action=ignore -r requirements.txt \
 COPY dbmate.env .
 COPY db db
 COPY app app
-RUN ln -s "$(python -c 'from app.embedded import BINARIES; print(BINARIES)')/psql" /usr/local/bin/psql
+RUN ln -s "$(python -c 'from app.server.embedded import BINARIES; print(BINARIES)')/psql" /usr/local/bin/psql
 
 USER 10001:10001
 

@@ -9,7 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from app.embedded import BINARIES, Postgres
+from app.server.embedded import BINARIES, Postgres
 
 with tempfile.TemporaryDirectory() as home:
     postgres = Postgres(Path(home), "fsync=off")

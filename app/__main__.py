@@ -8,7 +8,8 @@ import subprocess
 import sys
 import tempfile
 
-from app import database_url, embedded, settings
+from app import database_url, settings
+from app.server import embedded
 
 USAGE = "usage: python -m app [psql [argument ...]]"
 
@@ -41,15 +42,15 @@ def serve(configured: settings.Settings) -> None:
         if configured.workers > 1:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="wallet-metrics-"))
             os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
-        from app import supervisor
+        from app.server import supervisor
 
         supervisor.serve(configured)
 
 
 def psql(configured: settings.Settings, arguments: list[str]) -> int:
     """Run psql on the service's database, as the role that the service logs in as; `-U postgres` for the superuser."""
-    from app.migrations import LOGIN
-    from app.supervisor import embedded_postgres, start_embedded
+    from app.server.migrations import LOGIN
+    from app.server.supervisor import embedded_postgres, start_embedded
 
     if configured.database_url is not None:
         program = shutil.which("psql") or str(embedded.BINARIES / "psql")

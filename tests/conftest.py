@@ -11,10 +11,10 @@ from aiohttp.test_utils import TestClient
 from pytest_aiohttp.plugin import AiohttpClient
 from pytest_postgresql import factories
 
-from app.application import make_app
-from app.embedded import BINARIES, Postgres, connection_url
-from app.migrations import LOGIN, dbmate
+from app.server.embedded import BINARIES, Postgres, connection_url
+from app.server.migrations import LOGIN, dbmate
 from app.settings import Settings
+from app.web.application import make_app
 
 
 def open_folder(tmp_path_factory: pytest.TempPathFactory, name: str) -> Path:

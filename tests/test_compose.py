@@ -23,7 +23,7 @@ from urllib.request import ProxyHandler, build_opener
 import pytest
 import yaml
 
-from app.embedded import BINARIES, Postgres
+from app.server.embedded import BINARIES, Postgres
 from app.settings import Settings
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -135,7 +135,7 @@ def test_a_signal_is_heard_before_the_imports_that_take_long() -> None:
 
         class Watching(importlib.abc.MetaPathFinder):
             def find_spec(self, name, path, target=None):
-                if name == "app.supervisor":
+                if name == "app.server.supervisor":
                     sys.exit(0 if callable(signal.getsignal(signal.SIGTERM)) else "deaf")
 
         sys.meta_path.insert(0, Watching())

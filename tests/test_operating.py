@@ -12,8 +12,8 @@ from uuid import UUID, uuid4
 import psycopg
 import pytest
 
-from app.embedded import BINARIES, Postgres
-from app.migrations import LOGIN, dbmate
+from app.server.embedded import BINARIES, Postgres
+from app.server.migrations import LOGIN, dbmate
 from app.settings import CHECKOUT
 from tests.api.test_process import Start, environment_with, start, wait_until
 from tests.conftest import open_folder

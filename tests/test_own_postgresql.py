@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psycopg
 
-from app.embedded import Postgres
+from app.server.embedded import Postgres
 from app.settings import CHECKOUT
 from tests.api.test_process import environment_with, free_port, wait_until
 

@@ -12,8 +12,8 @@ from uuid import uuid4
 import psycopg
 import pytest
 
-from app.embedded import connection_url
-from app.migrations import LOGIN
+from app.server.embedded import connection_url
+from app.server.migrations import LOGIN
 from app.settings import CHECKOUT
 from tests.api.test_process import Service, Start, start, wait_until
 from tests.db.test_migrations import MIGRATIONS, dbmate, money

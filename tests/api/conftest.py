@@ -2,7 +2,7 @@
 
 import pytest
 
-from app import line
+from app.calls import line
 
 
 @pytest.fixture(autouse=True)

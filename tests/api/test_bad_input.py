@@ -10,7 +10,7 @@ import pytest
 from aiohttp.test_utils import TestClient
 from yarl import URL
 
-from app import messages
+from app.web import body as bodies
 from tests.api.door import MAX, create, deposit, path, problem
 
 A = "aaaaaaaa-0000-4000-8000-00000000000a"
@@ -154,7 +154,7 @@ async def test_a_body_that_is_announced_too_large_is_not_waited_for(client: Test
 
 
 async def test_a_body_that_does_not_arrive(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(messages, "BODY_TIMEOUT", 0.2)
+    monkeypatch.setattr(bodies, "BODY_TIMEOUT", 0.2)
     body = operation_with("amount", "5")
     head = f"POST {OPERATION} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     head += f"Content-Length: {len(body)}\r\n\r\n"

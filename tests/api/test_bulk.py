@@ -14,11 +14,11 @@ from aiohttp import ClientResponse
 from aiohttp.test_utils import TestClient
 from pytest_aiohttp.plugin import AiohttpClient
 
-from app import lanes
-from app.application import make_app
-from app.lanes import BULK
-from app.messages import BULK_BODY_LIMIT
+from app.calls import lane
+from app.calls.dispatch import BULK
 from app.settings import Settings
+from app.web.application import make_app
+from app.web.body import BULK_BODY_LIMIT
 from tests.api.door import MAX, balance, create, deposit, history, problem, withdraw
 from tests.api.test_cases import PROBLEMS
 from tests.api.test_lanes import locked, proxy, through, until, waiting_backends
@@ -422,7 +422,7 @@ async def test_bulk_requests_that_wait_share_a_call(
     aiohttp_client: AiohttpClient,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(lanes, "BULK_BATCH", batch)
+    monkeypatch.setattr(lane, "BULK_BATCH", batch)
     client = await aiohttp_client(make_app(Settings(database_url=database_url)))
     await create(client, {"pilot": 0, "w": 0})
     operations = [uuid4() for _ in range(9)]
@@ -499,8 +499,8 @@ async def test_a_second_call_waits_for_as_much_as_the_first_one_carries(
     aiohttp_client: AiohttpClient,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(lanes, "LINGER", 3600)
-    monkeypatch.setattr(lanes, "BULK_BATCH", batch)
+    monkeypatch.setattr(lane, "LINGER", 3600)
+    monkeypatch.setattr(lane, "BULK_BATCH", batch)
     client = await aiohttp_client(make_app(Settings(database_url=database_url)))
     await create(client, {"w": 0, "v": 0})
     async with call_under_way(client, superuser):
@@ -516,7 +516,7 @@ async def test_a_second_call_waits_for_as_much_as_the_first_one_carries(
 async def test_a_full_queue_waits_for_nobody(
     superuser: psycopg.Connection, database_url: str, aiohttp_client: AiohttpClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lanes, "LINGER", 3600)
+    monkeypatch.setattr(lane, "LINGER", 3600)
     client = await aiohttp_client(make_app(Settings(database_url=database_url, bulk_queue=1)))
     await create(client, {"w": 0, "v": 0})
     async with call_under_way(client, superuser), asyncio.timeout(5):  # half of the deadline
@@ -526,7 +526,7 @@ async def test_a_full_queue_waits_for_nobody(
 async def test_a_second_call_goes_when_the_first_one_is_over(
     superuser: psycopg.Connection, client: TestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lanes, "LINGER", 3600)
+    monkeypatch.setattr(lane, "LINGER", 3600)
     await create(client, {"w": 0, "v": 0})
     async with call_under_way(client, superuser):
         second = asyncio.create_task(bulk(client, [item("v", "DEPOSIT", 1)]))

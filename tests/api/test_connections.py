@@ -17,10 +17,11 @@ import pytest
 from aiohttp.test_utils import TestClient
 from pytest_aiohttp.plugin import AiohttpClient
 
-from app import connections, handlers, messages
-from app.application import make_app
-from app.messages import BODY_LIMIT, BULK_BODY_LIMIT
 from app.settings import Settings
+from app.web import body as bodies
+from app.web import connections, handlers
+from app.web.application import make_app
+from app.web.body import BODY_LIMIT, BULK_BODY_LIMIT
 from tests.api.door import balance, create, deposit, problem
 from tests.api.test_bad_input import send_raw
 from tests.api.test_lanes import locked, until, waiting_backends
@@ -255,7 +256,7 @@ async def trickle(body: bytes, size: int, pause: float) -> AsyncIterator[bytes]:
 
 async def test_a_large_body_may_come_slowly(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     """At 20 KB/s it takes many times as long as the time between two pieces may be."""
-    monkeypatch.setattr(messages, "BODY_TIMEOUT", 0.2)
+    monkeypatch.setattr(bodies, "BODY_TIMEOUT", 0.2)
     await create(client, {"w": 0})
     asked = [{"wallet_uuid": "w"} | operation(1) for _ in range(200)]
     body = json.dumps({"operations": asked}).encode()
@@ -270,7 +271,7 @@ async def test_a_large_body_may_come_slowly(client: TestClient, monkeypatch: pyt
 async def test_a_body_that_comes_in_drops_is_not_waited_for(
     client: TestClient, monkeypatch: pytest.MonkeyPatch, framing: str
 ) -> None:
-    monkeypatch.setattr(messages, "BODY_TIMEOUT", 0.3)
+    monkeypatch.setattr(bodies, "BODY_TIMEOUT", 0.3)
     body = json.dumps({"operations": []}).encode().ljust(BODY_LIMIT)
     headers = {"Content-Type": "application/json"} | ({"Content-Length": str(len(body))} if framing == "length" else {})
     began = asyncio.get_running_loop().time()

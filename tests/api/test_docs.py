@@ -18,10 +18,10 @@ from selenium.webdriver.support import expected_conditions as conditions
 from selenium.webdriver.support.wait import WebDriverWait
 from yarl import URL
 
-from app import docs
-from app.application import make_app
-from app.migrations import TESTDATA_HISTORY, dbmate
+from app.server.migrations import TESTDATA_HISTORY, dbmate
 from app.settings import Settings
+from app.web import docs
+from app.web.application import make_app
 from tests.conftest import url_of
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")

@@ -18,7 +18,7 @@ from uuid import UUID, uuid4
 import pytest
 from aiohttp.test_utils import TestClient
 
-from app import docs
+from app.web import docs
 from tests.api.door import create
 
 

@@ -21,14 +21,15 @@ from aiohttp import ClientConnectorError, ClientError, ClientResponse, ClientSes
 from aiohttp.test_utils import TestClient, TestServer
 from pytest_aiohttp.plugin import AiohttpClient
 
-from app import line as lines
-from app.application import make_app
-from app.database import connect
-from app.embedded import Postgres, connection_url
-from app.lanes import LANES, Lane
-from app.line import Line, Outcome, Request
-from app.migrations import LOGIN, bring_up_to_date
+from app.calls import line as lines
+from app.calls.database import connect
+from app.calls.dispatch import LANES
+from app.calls.lane import Lane
+from app.calls.line import Line, Outcome, Request
+from app.server.embedded import Postgres, connection_url
+from app.server.migrations import LOGIN, bring_up_to_date
 from app.settings import Settings
+from app.web.application import make_app
 from tests.api.door import MAX, apply, balance, create, deposit, history, path, problem, withdraw
 from tests.conftest import url_of
 from tests.proxy import Http, Point, Proxy

@@ -20,9 +20,9 @@ from uuid import uuid4
 import psycopg
 import pytest
 
-from app.embedded import running_server
 from app.logs import WAITING_LIMIT
 from app.metrics import MAX_AGE
+from app.server.embedded import running_server
 from app.settings import CHECKOUT
 from tests.api.test_process import COMMAND, environment_with, free_port, wait_until
 

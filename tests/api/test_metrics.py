@@ -17,8 +17,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from pytest_aiohttp.plugin import AiohttpClient
 
 from app import metrics as app_metrics
-from app.application import make_app
 from app.settings import CHECKOUT, Settings
+from app.web.application import make_app
 from tests.api.door import MAX, create, deposit, path, withdraw
 from tests.api.test_bad_input import send_raw
 from tests.api.test_lanes import (
@@ -195,7 +195,7 @@ async def test_what_alerts_look_at_is_there_before_it_happens(client: TestClient
     script = "\n".join(
         [
             "from prometheus_client import generate_latest",
-            "from app.application import make_app",
+            "from app.web.application import make_app",
             "from app.settings import Settings",
             "make_app(Settings(database_url='postgresql:///x'))",
             "print(generate_latest().decode())",

@@ -1,4 +1,4 @@
-"""app/openapi.yaml says what the service does: all of it, and nothing else."""
+"""app/web/openapi.yaml says what the service does: all of it, and nothing else."""
 
 import asyncio
 import json
@@ -20,10 +20,12 @@ from openapi_spec_validator import OpenAPIV31SpecValidator, validate
 from pytest_aiohttp.plugin import AiohttpClient, AiohttpServer
 from yarl import URL
 
-from app import access, docs, messages, problems
-from app.application import make_app
-from app.migrations import TESTDATA_HISTORY, dbmate
+from app.calls import refusals
+from app.server.migrations import TESTDATA_HISTORY, dbmate
 from app.settings import Settings
+from app.web import body as bodies
+from app.web import docs, problems, request_log
+from app.web.application import make_app
 from tests.api.door import create, deposit
 from tests.conftest import url_of
 
@@ -143,9 +145,9 @@ def test_every_route_is_described_and_every_description_has_its_route() -> None:
 
 
 def test_every_code_that_the_service_answers_with_is_listed() -> None:
-    """Problems are made from the two tables in app/problems.py, or by Problem(status, code, …) and the like."""
+    """Problems are made from the tables in calls/refusals.py and problems.py, or by Problem(status, code, …)."""
     sources = "".join(file.read_text() for file in Path(problems.__file__).parent.glob("*.py"))
-    codes = {code for _, code in (*problems.REFUSALS.values(), problems.DATABASE_REFUSED)}
+    codes = {code for _, code in (*refusals.REFUSALS.values(), refusals.DATABASE_REFUSED)}
     codes |= set(re.findall(r'Problem\(\s*\d{3}, "(\w+)"', sources))
     codes |= set(re.findall(r'^    \d{3}: "(\w+)",$', sources, re.MULTILINE))
     codes |= set(re.findall(r'_HTTP_CODES\.get\([^)]*"(\w+)"\)', sources))
@@ -154,7 +156,7 @@ def test_every_code_that_the_service_answers_with_is_listed() -> None:
 
 def test_the_limits_in_the_document_are_the_limits_of_the_service() -> None:
     told = DOCUMENT["components"]["responses"]["BodyTooLarge"]["description"]
-    assert f"{messages.BODY_LIMIT:,} bytes, of a bulk request {messages.BULK_BODY_LIMIT:,}." in told
+    assert f"{bodies.BODY_LIMIT:,} bytes, of a bulk request {bodies.BULK_BODY_LIMIT:,}." in told
 
 
 def test_every_request_may_have_an_id_and_every_answer_has_one() -> None:
@@ -167,7 +169,7 @@ def test_every_request_may_have_an_id_and_every_answer_has_one() -> None:
 
 def test_a_request_id_is_what_the_document_says() -> None:
     described = DOCUMENT["components"]["headers"]["RequestId"]["schema"]["pattern"]
-    assert described == f"^{access._GOOD_ID.pattern}$"
+    assert described == f"^{request_log._GOOD_ID.pattern}$"
     assert re.fullmatch(described, REQUEST_ID)
 
 
@@ -377,7 +379,7 @@ def with_answer(status: str) -> list[str]:
 
 @pytest.mark.parametrize("path", with_answer("413"))
 async def test_a_body_that_is_too_large_is_answered_as_shown(client: TestClient, path: str) -> None:
-    limit = messages.BULK_BODY_LIMIT if path == "/api/v1/operations" else messages.BODY_LIMIT
+    limit = bodies.BULK_BODY_LIMIT if path == "/api/v1/operations" else bodies.BODY_LIMIT
     answer = await client.post(path, data=b" " * (limit + 1), headers={"Content-Type": "application/json"})
     # Python's word for 413 has changed with RFC 9110.
     await is_as_shown(answer, "BodyTooLarge", detail=f"A body may have {limit} bytes", title=HTTPStatus(413).phrase)
@@ -394,7 +396,7 @@ async def test_a_body_of_another_type_is_answered_as_shown(client: TestClient, p
 async def test_a_body_that_does_not_arrive_is_answered_as_shown(
     client: TestClient, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
-    monkeypatch.setattr(messages, "BODY_TIMEOUT", 0.1)
+    monkeypatch.setattr(bodies, "BODY_TIMEOUT", 0.1)
 
     async def half_a_body() -> AsyncIterator[bytes]:
         yield b"{"

@@ -16,8 +16,8 @@ from pytest_aiohttp.plugin import AiohttpClient
 from selenium import webdriver
 from selenium.webdriver.support.wait import WebDriverWait
 
-from app.application import make_app
 from app.settings import Settings, StartupError, from_environment
+from app.web.application import make_app
 from tests.api.door import balance, create, problem
 from tests.api.test_docs import browser
 

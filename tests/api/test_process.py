@@ -24,7 +24,7 @@ import psycopg
 import pytest
 from psycopg.conninfo import conninfo_to_dict
 
-from app.embedded import LOG_LIMIT, Postgres, connection_url, running_server
+from app.server.embedded import LOG_LIMIT, Postgres, connection_url, running_server
 from app.settings import CHECKOUT
 from tests.conftest import open_folder
 

@@ -12,13 +12,13 @@ import pytest
 from aiohttp.test_utils import TestClient
 from pytest_aiohttp.plugin import AiohttpClient
 
-from app import database, lanes
-from app.application import make_app
-from app.database import connect
-from app.embedded import Postgres
-from app.migrations import LOGIN, bring_up_to_date
-from app.preconditions import check
+from app.calls import database, dispatch
+from app.calls.database import connect
+from app.server.embedded import Postgres
+from app.server.migrations import LOGIN, bring_up_to_date
+from app.server.preconditions import check
 from app.settings import Settings, StartupError
+from app.web.application import make_app
 from tests.api.door import balance, create, deposit, path, problem
 from tests.api.test_lanes import lane_pids, proxy, through, until
 from tests.conftest import url_of
@@ -149,7 +149,7 @@ async def test_connections_that_idle_are_given_back_but_for_the_lanes(
     database_url: str, superuser: psycopg.Connection, aiohttp_client: AiohttpClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(database, "IDLE", 0.3)
-    monkeypatch.setattr(lanes, "IDLE", 0.3)
+    monkeypatch.setattr(dispatch, "IDLE", 0.3)
     client = await aiohttp_client(make_app(Settings(database_url=database_url, lanes=3)))
     await until(lambda: len(lane_pids(superuser)) == 3)
     kept = lane_pids(superuser)

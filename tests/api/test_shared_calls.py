@@ -14,10 +14,10 @@ from aiohttp import ClientResponse
 from aiohttp.test_utils import TestClient
 from pytest_aiohttp.plugin import AiohttpClient
 
-from app.application import make_app
-from app.lanes import SIDING
-from app.line import Line, Request
+from app.calls.dispatch import SIDING
+from app.calls.line import Line, Request
 from app.settings import Settings
+from app.web.application import make_app
 from tests.api.door import balance, create, deposit, history, path, problem, withdraw
 from tests.api.test_lanes import applied, in_one_call, locked, until, waiting_call
 from tests.conftest import url_of

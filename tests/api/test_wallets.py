@@ -8,8 +8,8 @@ import pytest
 from aiohttp.test_utils import TestClient
 from pytest_aiohttp.plugin import AiohttpClient
 
-from app.application import make_app
 from app.settings import Settings
+from app.web.application import make_app
 from tests.api.door import MAX, balance, create, deposit, history, path, problem, withdraw
 from tests.conftest import url_of
 

@@ -9,14 +9,16 @@ import sys
 import msgspec
 import uvloop
 from aiohttp import web
+from aiohttp.typedefs import Handler
 
-from app import database
-from app.application import MIB
-from app.database import POOL, SETTINGS
-from app.messages import ROOM, NewOperation, Room, read_body, respond, wallet_uuid
-from app.problems import problems
+from app.calls import database
+from app.calls.database import POOL, SETTINGS
+from app.server.supervisor import spare_the_collector
 from app.settings import from_environment
-from app.supervisor import spare_the_collector
+from app.web.application import MIB
+from app.web.body import ROOM, Room
+from app.web.messages import NewOperation, read_body, respond, wallet_uuid
+from app.web.problems import answer_to
 
 _decoder = msgspec.json.Decoder(NewOperation)
 
@@ -40,9 +42,17 @@ async def single(request: web.Request) -> web.Response:
     return respond(operation.operation_uuid)
 
 
+@web.middleware
+async def problems(request: web.Request, handler: Handler) -> web.StreamResponse:
+    try:
+        return await handler(request)
+    except Exception as error:
+        return answer_to(error)
+
+
 def main(kind: str) -> None:
     settings = from_environment()
-    app = web.Application(middlewares=[web.middleware(problems)])
+    app = web.Application(middlewares=[problems])
     app[SETTINGS] = settings
     app[ROOM] = Room(settings.body_memory * MIB)
     app.cleanup_ctx.append(database.pool)

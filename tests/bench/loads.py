@@ -16,8 +16,8 @@ from typing import Any
 
 import psycopg
 
-from app.embedded import BINARIES, Postgres
-from app.migrations import LOGIN, dbmate
+from app.server.embedded import BINARIES, Postgres
+from app.server.migrations import LOGIN, dbmate
 
 WALLETS = 10_000
 HERE = Path(__file__).resolve().parent

@@ -9,7 +9,7 @@ from uuid import uuid4
 import psycopg
 import pytest
 
-from app.problems import LOCKED, REFUSED
+from app.calls.refusals import LOCKED, REFUSED
 from tests.cases import A, B, C, Request, deposit, withdraw
 from tests.db.door import apply, apply_all, balances, call, create, outcome
 from tests.db.test_concurrency import hold, lock, pool, session, wait_until_blocked

@@ -14,7 +14,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from app.embedded import BINARIES, Postgres
+from app.server.embedded import BINARIES, Postgres
 from app.settings import CHECKOUT
 from tests.cases import A, B, C, deposit, withdraw
 from tests.conftest import url_of

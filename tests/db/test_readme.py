@@ -8,7 +8,7 @@ from typing import NamedTuple
 import psycopg
 import pytest
 
-from app.embedded import BINARIES
+from app.server.embedded import BINARIES
 from app.settings import CHECKOUT
 from tests.cases import MESSAGES
 from tests.conftest import url_of

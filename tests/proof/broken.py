@@ -7,11 +7,11 @@ from typing import Any
 
 import asyncpg
 
-from app import database, lanes, line
 from app.__main__ import main
-from app.database import connect
-from app.line import Line, Outcome, Request
-from app.problems import NO_SUCCESS
+from app.calls import database, dispatch, line
+from app.calls.database import connect
+from app.calls.line import Line, Outcome, Request
+from app.calls.refusals import NO_SUCCESS
 from app.settings import Settings
 
 COMMIT_DELAY = 0.05
@@ -56,7 +56,7 @@ class EarlyLine(Line):
 
 def answers_early() -> None:
     """Answer before the commit."""
-    lanes.Line = EarlyLine  # type: ignore[misc]
+    dispatch.Line = EarlyLine  # type: ignore[misc]
 
 
 def forgets_its_calls() -> None:

@@ -12,7 +12,7 @@ from uuid import UUID
 import asyncpg
 import msgspec
 
-from app.problems import NO_SUCCESS
+from app.calls.refusals import NO_SUCCESS
 from tests.proof.history import APPLIED, DUPLICATE, NOT_APPLIED, UNKNOWN, Attempt, History, Operation, Read
 
 CLIENTS = 64

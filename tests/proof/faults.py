@@ -20,10 +20,10 @@ from typing import Any
 import asyncpg
 import uvloop
 
-from app.embedded import Postgres, connection_url
-from app.messages import BULK_BODY_LIMIT
-from app.migrations import LOGIN, dbmate
+from app.server.embedded import Postgres, connection_url
+from app.server.migrations import LOGIN, dbmate
 from app.settings import CHECKOUT
+from app.web.body import BULK_BODY_LIMIT
 from tests.proof.clients import WALLETS, Load
 from tests.proof.history import LOCKED, NOT_APPLIED, REFUSED, UNKNOWN, History, findings
 from tests.proof.section import Account, Scale

@@ -15,8 +15,8 @@ from pathlib import Path
 from random import Random
 from socket import SO_LINGER, SOL_SOCKET
 
-from app.connections import HEAD_TIMEOUT, WATCH_INTERVAL
-from app.messages import BODY_TIMEOUT
+from app.web.body import BODY_TIMEOUT
+from app.web.connections import HEAD_TIMEOUT, WATCH_INTERVAL
 from tests.api.test_openapi import DOCUMENT, METHODS, closed
 from tests.api.test_process import Service
 from tests.proof.clients import Connection, Lost

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import psycopg
 
-from app.migrations import LOGIN
+from app.server.migrations import LOGIN
 from tests.api.test_process import Service, wait_until
 
 

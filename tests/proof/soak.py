@@ -12,7 +12,7 @@ from uuid import UUID
 import psycopg
 import uvloop
 
-from app.migrations import LOGIN
+from app.server.migrations import LOGIN
 from tests.api.test_process import Service
 from tests.proof.clients import Connection, Lost
 from tests.proof.section import Account, Scale

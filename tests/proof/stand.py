@@ -18,9 +18,9 @@ from typing import IO, Any
 import asyncpg
 import psycopg
 
-from app.embedded import Postgres, connection_url, die_with_parent
-from app.migrations import LOGIN, dbmate
-from app.problems import NO_SUCCESS
+from app.calls.refusals import NO_SUCCESS
+from app.server.embedded import Postgres, connection_url, die_with_parent
+from app.server.migrations import LOGIN, dbmate
 from app.settings import CHECKOUT
 from tests.api.test_process import environment_with, free_port, is_alive
 from tests.proof.clients import Connection, Lost

@@ -5,11 +5,12 @@ import asyncio
 import msgspec
 from aiohttp import web
 
-from app import database, lanes
-from app.database import POOL
-from app.line import Outcome, Request
-from app.messages import (
-    BULK_BODY_LIMIT,
+from app.calls import database, dispatch
+from app.calls.database import POOL
+from app.calls.line import Outcome, Request
+from app.calls.refusals import NO_SUCCESS, code_of
+from app.web.body import BULK_BODY_LIMIT, receive_body
+from app.web.messages import (
     Applied,
     NewOperation,
     NewOperations,
@@ -22,12 +23,11 @@ from app.messages import (
     operation_uuid,
     read_body,
     read_query,
-    receive_body,
     respond,
     wallet_uuid,
 )
-from app.problems import NO_SUCCESS, RETRY, Problem, code_of, refusal, unavailable
-from app.turns import Turns
+from app.web.problems import RETRY, Problem, refusal, unavailable
+from app.web.turns import Turns
 
 TURNS = web.AppKey("turns", Turns)
 READY_TIMEOUT = 2.0
@@ -55,10 +55,7 @@ async def apply_operation(request: web.Request) -> web.Response:
     name = wallet_uuid(request)
     operation = await read_body(request, _new_operation)
     asked = Request(name, operation.operation_uuid, operation.operation_type, operation.amount)
-    began = asyncio.get_running_loop().time()
-    [outcome] = await lanes.apply_one(request.app, asked)
-    if not outcome.is_ours():
-        [outcome] = await lanes.settle(request.app, [asked], [outcome], began)
+    outcome = await dispatch.apply_one(request.app, asked)
     if outcome.sqlstate is not None:
         recorded = outcome.recorded(asked)
         same_request = None if recorded is None else outcome.is_repeat_of(asked)
@@ -69,10 +66,10 @@ async def apply_operation(request: web.Request) -> web.Response:
 async def apply_operations(request: web.Request) -> web.Response:
     """POST /api/v1/operations"""
     turns = request.app[TURNS]
-    lanes.admit_bulk(request.app)
+    dispatch.admit_bulk(request.app)
     with await receive_body(request, BULK_BODY_LIMIT) as body:
         asked = await turns.take(lambda: _requests(body))
-    outcomes = await lanes.apply_all(request.app, asked)
+    outcomes = await dispatch.apply_all(request.app, asked)
     return await turns.take(lambda: respond(Results(list(map(_result, asked, outcomes)))))
 
 

@@ -1,4 +1,4 @@
-"""The service's description of itself: /openapi.json, and /docs, which is Swagger UI from app/static and no network."""
+"""The service's description of itself: /openapi.json, and /docs, which is Swagger UI from static/ and no network."""
 
 import functools
 import hashlib

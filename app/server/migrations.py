@@ -8,7 +8,7 @@ from pathlib import Path
 
 import asyncpg
 
-from app.embedded import Postgres, forget_server
+from app.server.embedded import Postgres, forget_server
 from app.settings import CHECKOUT, StartupError
 
 LOGIN = "wallet_service"

@@ -5,8 +5,8 @@ from typing import Any
 
 import asyncpg
 
-from app.database import CONNECT_TIMEOUT, connect, is_migrated, is_writable
-from app.lanes import BULK_LINES, SIDING_LINES
+from app.calls.database import CONNECT_TIMEOUT, connect, is_migrated, is_writable
+from app.calls.dispatch import BULK_LINES, SIDING_LINES
 from app.settings import Settings, StartupError
 
 ATTEMPTS = 3

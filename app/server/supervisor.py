@@ -18,13 +18,14 @@ import uvloop
 from aiohttp import web
 from prometheus_client.multiprocess import mark_process_dead
 
-from app import logs, preconditions
-from app.application import make_app
-from app.connections import raise_file_limit
-from app.embedded import Postgres, die_with_parent, forget_server
-from app.migrations import LOGIN, bring_up_to_date
-from app.preconditions import sessions
+from app import logs
+from app.server import preconditions
+from app.server.embedded import Postgres, die_with_parent, forget_server
+from app.server.migrations import LOGIN, bring_up_to_date
+from app.server.preconditions import sessions
 from app.settings import Settings, StartupError
+from app.web.application import make_app
+from app.web.connections import raise_file_limit
 
 BACKLOG = 1024
 """Connections that may wait to be accepted."""

@@ -11,10 +11,10 @@ from uuid import UUID
 
 import asyncpg
 
-from app.database import CREATED_AT, FIRST_ATTEMPT, connect, is_passing, nothing_changed, pauses, session_survives
-from app.messages import Operation
+from app.calls.database import CREATED_AT, FIRST_ATTEMPT, connect, is_passing, nothing_changed, pauses, session_survives
+from app.calls.records import Operation
+from app.calls.refusals import LOCKED, NO_ANSWER, NO_SUCCESS, REFUSED, Refusal, code_of
 from app.metrics import BATCH_SIZE, CALLS_IN_FLIGHT, OPERATIONS, RESENDS
-from app.problems import LOCKED, NO_ANSWER, NO_SUCCESS, REFUSED, Refusal, code_of
 from app.settings import Settings
 
 LOCK_TIMEOUT = 0.2

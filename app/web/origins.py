@@ -14,8 +14,8 @@ from urllib.parse import urlsplit
 
 from aiohttp import hdrs, web
 
-from app.problems import Problem
 from app.settings import HOST, Settings
+from app.web.problems import Problem
 
 OWN_SITES = ("same-origin", "none")
 """What Sec-Fetch-Site says of this service's own pages, and of what a person typed or opened from a bookmark."""

@@ -1,4 +1,4 @@
-"""Every answer that is not a success, as problem+json (RFC 9457), and the one table from SQLSTATE to HTTP."""
+"""Every answer that is not a success, as problem+json (RFC 9457)."""
 
 import logging
 import re
@@ -7,43 +7,8 @@ from http import HTTPStatus
 import asyncpg
 import msgspec
 from aiohttp import web
-from aiohttp.typedefs import Handler
 
-REFUSALS = {
-    "WA400": (400, "invalid_request"),
-    "WA402": (400, "insufficient_funds"),
-    "WA404": (404, "wallet_not_found"),
-    "WA409": (400, "duplicate_operation"),
-    "WA414": (404, "operation_not_found"),
-    "WA416": (400, "balance_out_of_range"),
-    "WA419": (400, "wallet_exists"),
-    "55P03": (503, "wallet_locked"),
-}
-"""What the functions in db/ refuse, by SQLSTATE: the HTTP status and the code. The detail is the SQL message."""
-DATABASE_REFUSED = (503, "database_refused")
-"""The same for any other SQLSTATE."""
-
-
-class Refusal(asyncpg.PostgresError):
-    """A function in db/ refused its arguments: a definite answer, nothing was changed."""
-
-    after_a_lost_attempt = False
-    """Whether an attempt of the same call was lost before: it may have done what is now refused."""
-
-
-REFUSED = "Refused by the database: not applied"
-"""The detail where the database itself refused: what it said is for the log."""
-LOCKED = "Wallet is locked by another transaction: not applied"
-"""The detail of a 55P03."""
-
-NO_ANSWER = (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError)
-"""What asyncpg raises if a connection cannot be had or was lost: whether a call took effect is unknown."""
-NO_SUCCESS = (asyncpg.PostgresError, *NO_ANSWER)
-"""Whatever can come of a call but its rows."""
-
-for _sqlstate in REFUSALS:  # asyncpg raises the class that declares the SQLSTATE
-    if _sqlstate.startswith("WA"):
-        type(f"Refusal{_sqlstate}", (Refusal,), {"sqlstate": _sqlstate})
+from app.calls.refusals import DATABASE_REFUSED, NO_ANSWER, REFUSALS, REFUSED, Overloaded, Refusal
 
 RETRY = {"Retry-After": "1"}
 """Seconds after which it is right to ask again."""
@@ -103,11 +68,6 @@ class Problem(Exception):
         return response
 
 
-def code_of(sqlstate: str) -> str:
-    """Return the code for what was refused with a SQLSTATE."""
-    return REFUSALS.get(sqlstate, DATABASE_REFUSED)[1]
-
-
 def refusal(sqlstate: str, message: str, **members: object) -> Problem:
     """Return the problem for what a function in db/, or the database itself, refused."""
     status, code = REFUSALS.get(sqlstate, DATABASE_REFUSED)
@@ -138,35 +98,40 @@ def invalid_input(source: str, error: msgspec.DecodeError) -> Problem:
     return invalid(location, message, kind)
 
 
+def overloaded(detail: str) -> Problem:
+    """Return the 429 for a request that there is no room for now."""
+    return Problem(429, "overloaded", detail, headers=RETRY)
+
+
 def unavailable(detail: str) -> Problem:
     """Return the 503 that says: the outcome is unknown, ask again with the same operation_uuid."""
     return Problem(503, "unavailable", detail, headers=RETRY)
 
 
-async def problems(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Answer whatever a handler raises as problem+json; a redirection stays what it is."""
-    try:
-        return await handler(request)
-    except Problem as problem:
-        if problem.status >= 500 and problem.status not in (501, 505):
-            _log.warning(problem.detail, extra={"code": problem.code})
-        return problem.response()
-    except web.HTTPException as error:
-        if error.status < 400:
+def answer_to(error: Exception) -> web.Response:
+    """Return the answer to whatever a handler raised; a redirection stays what it is."""
+    match error:
+        case Problem():
+            if error.status >= 500 and error.status not in (501, 505):
+                _log.warning(error.detail, extra={"code": error.code})
+            return error.response()
+        case web.HTTPException() if error.status < 400:
             return web.Response(status=error.status, headers={"Location": error.headers["Location"]})
-        headers = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else None
-        return Problem(
-            error.status, _HTTP_CODES.get(error.status, "http_error"), error.reason, headers=headers
-        ).response()
-    except Refusal as error:
-        return refusal(str(error.sqlstate), str(error)).response()
-    except asyncpg.PostgresError as error:
-        extra = {"sqlstate": error.sqlstate, "code": DATABASE_REFUSED[1]}
-        _log.warning("the database refused a request: SQLSTATE %s: %s", error.sqlstate, error, extra=extra)
-        return refusal(str(error.sqlstate), REFUSED).response()
-    except NO_ANSWER as error:
-        _log.warning("no answer from the database: %s", type(error).__name__, extra={"code": "unavailable"})
-        return unavailable("The database did not answer in time").response()
-    except Exception:
-        _log.exception("unexpected error", extra={"code": "internal_error"})
-        return Problem(500, "internal_error", "Internal error").response()
+        case web.HTTPException():
+            headers = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else None
+            code = _HTTP_CODES.get(error.status, "http_error")
+            return Problem(error.status, code, error.reason, headers=headers).response()
+        case Refusal():
+            return refusal(str(error.sqlstate), str(error)).response()
+        case Overloaded():
+            return overloaded(str(error)).response()
+        case asyncpg.PostgresError():
+            extra = {"sqlstate": error.sqlstate, "code": DATABASE_REFUSED[1]}
+            _log.warning("the database refused a request: SQLSTATE %s: %s", error.sqlstate, error, extra=extra)
+            return refusal(str(error.sqlstate), REFUSED).response()
+        case _ if isinstance(error, NO_ANSWER):
+            _log.warning("no answer from the database: %s", type(error).__name__, extra={"code": "unavailable"})
+            return unavailable("The database did not answer in time").response()
+        case _:
+            _log.error("unexpected error", exc_info=error, extra={"code": "internal_error"})
+            return Problem(500, "internal_error", "Internal error").response()

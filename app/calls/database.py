@@ -15,9 +15,9 @@ import asyncpg
 from aiohttp import web
 from asyncpg.connect_utils import SessionAttribute
 
-from app.messages import Operation, Wallet
+from app.calls.records import Operation, Wallet
+from app.calls.refusals import NO_ANSWER, Refusal
 from app.metrics import POOL_IN_USE
-from app.problems import NO_ANSWER, Refusal
 from app.settings import Settings
 
 CONTRACT = 2

@@ -21,8 +21,8 @@ from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
 from aiohttp.typedefs import Handler
 from aiohttp.web_protocol import _ErrInfo
 
-from app.problems import RETRY, Problem
 from app.settings import Settings
+from app.web.problems import RETRY, Problem
 
 VERSIONS = (HttpVersion11, HttpVersion10)
 HEAD_LIMIT = 16 * 1024

@@ -12,7 +12,9 @@ from aiohttp.typedefs import Handler
 
 from app.logs import REQUEST_ID, AccessLine, AccessLog
 from app.metrics import REQUEST_SECONDS
-from app.problems import problems
+from app.web.connections import check_protocol
+from app.web.problems import answer_to
+from app.web.slash import redirection
 
 ACCESS_LOG = web.AppKey("access_log", AccessLog)
 
@@ -38,7 +40,14 @@ async def answer(app: web.Application, handler: Handler, request: web.Request) -
     given = request.headers.get("X-Request-ID", "")
     request_id = given if _GOOD_ID.fullmatch(given) else f"{random.getrandbits(64):016x}"
     REQUEST_ID.set(request_id)
-    response = await problems(request, handler)
+    response: web.StreamResponse
+    try:
+        check_protocol(request)
+        response = await handler(request)
+    except web.HTTPNotFound as error:
+        response = await redirection(request) or answer_to(error)
+    except Exception as error:
+        response = answer_to(error)
     response.headers["X-Request-ID"] = request_id
     if hdrs.EXPECT in request.headers and not request.content.is_eof():
         response.force_close()  # the body of a client that was not told to go on will never come

@@ -18,27 +18,18 @@ import asyncio
 import contextlib
 import logging
 from bisect import insort
-from collections import defaultdict, deque
-from collections.abc import AsyncIterator, Awaitable, Iterable, Sequence, Set
+from collections import deque
+from collections.abc import Iterable, Sequence, Set
 from itertools import islice
 from operator import attrgetter
 from typing import NamedTuple
 
-from aiohttp import web
-
-from app.database import IDLE, SETTINGS
-from app.line import LEAD, Line, Outcome, Request, refused
+from app.calls.line import LEAD, Line, Outcome, Request, refused
+from app.calls.refusals import Overloaded
 from app.metrics import LANE_WAITING, WALLETS_APART
-from app.problems import RETRY, Problem
 
-BULK_LINES = 2
-"""Connections for bulk requests in each worker."""
-SIDING_LINES = 1
-"""Connections for wallets in trouble in each worker."""
 BULK_BATCH = 4096
 """Operations in a call that several bulk requests share, at most. A larger request goes by itself."""
-BULK_PATIENCE = 4
-"""Times that a bulk call waits for locks as long as others do: what it waits for may be another bulk call."""
 LINGER = 0.005
 """Seconds that bulk requests wait, at most, for others to share a call while another call is under way."""
 HEADROOM = 0.1
@@ -46,13 +37,8 @@ HEADROOM = 0.1
 
 With less, after an outage as long as the deadline, the oldest request of each call would spoil it for all the others.
 """
-BULK_HEADROOM = 2 * HEADROOM
 SIDING_HEADROOM = 3 * HEADROOM
-"""The same for calls that wait longer for locks."""
-SIDING_PATIENCE = 2.5
-"""Times that a call of the siding waits for a lock as long as others do: a wallet may be in the hands of long calls."""
-SIDING_SHARE = 100
-"""Wallets for which one bulk request may wait on the siding; what it wants of more is not applied at once."""
+"""The same for the siding, whose calls wait longer for locks."""
 SIDING_WALLETS = 10_000
 """Wallets that are known to be in trouble, at most."""
 GAUGE_INTERVAL = 0.5
@@ -98,7 +84,7 @@ class Lane:
     def apply(self, requests: Sequence[Request]) -> asyncio.Future[list[Outcome]]:
         """Queue requests and return the future of their outcomes, in order, or of a TimeoutError at their deadline.
 
-        They go in one call. Raises Problem (429) if too many clients wait already.
+        They go in one call. Raises Overloaded if too many clients wait already.
         """
         self._admit()
         waiting = Waiting(requests, self._loop.create_future(), self._loop.time() + self._deadline)
@@ -107,10 +93,14 @@ class Lane:
             self._timer = self._loop.call_at(waiting.until, self._watch)
         return waiting.outcomes
 
+    def now(self) -> float:
+        """Return the time on the loop's clock."""
+        return self._loop.time()
+
     def see_room(self) -> None:
-        """Raise Problem (429) if too many clients wait already."""
+        """Raise Overloaded if too many clients wait already."""
         if len(self._waiting) >= self._limit:
-            raise overloaded()
+            raise Overloaded("Too many requests are waiting")
 
     def _admit(self) -> None:
         self.see_room()
@@ -248,7 +238,7 @@ class Siding(Lane):
         outcome is unknown at the deadline.
         """
         outcomes = [refused("55P03")] * len(requests)
-        with contextlib.suppress(Problem):  # what may not wait is not applied either
+        with contextlib.suppress(Overloaded):  # what may not wait is not applied either
             while locked := [number for number, outcome in enumerate(outcomes) if outcome.sqlstate == "55P03"]:
                 if self._loop.time() >= until - self._headroom:
                     break
@@ -289,95 +279,3 @@ class Siding(Lane):
         self._waiting = deque(left)
         self._gauge.set(len(left))
         return taken
-
-
-LANES = web.AppKey("lanes", list[Lane])
-BULK = web.AppKey("bulk", Lane)
-SIDING = web.AppKey("siding", Siding)
-
-
-def overloaded() -> Problem:
-    """Return the 429 for a request that may not wait."""
-    return Problem(429, "overloaded", "Too many requests are waiting", headers=RETRY)
-
-
-def admit_bulk(app: web.Application) -> None:
-    """Raise Problem (429) if too many bulk requests wait, before another one is received."""
-    app[BULK].see_room()
-
-
-def apply_one(app: web.Application, request: Request) -> Awaitable[list[Outcome]]:
-    """Queue a request on its wallet's lane and return what its outcome is awaited from, in a list.
-
-    Raises Problem (429), and TimeoutError if the outcome is unknown. One that is not ours still has to be settled.
-    """
-    lanes = app[LANES]
-    lane = lanes[hash(request.wallet_uuid) % len(lanes)]
-    return lane.apply([request]) if not app[SIDING].wallets else _apply(app, lane, [request])
-
-
-async def apply_all(app: web.Application, requests: Sequence[Request]) -> list[Outcome]:
-    """Apply the requests of a bulk request. Raises Problem (429), and TimeoutError if the outcomes are unknown."""
-    return await _apply(app, app[BULK], requests) if requests else []
-
-
-async def _apply(app: web.Application, lane: Lane, requests: Sequence[Request]) -> list[Outcome]:
-    """Apply requests on a lane, but for those for wallets in trouble."""
-    began = asyncio.get_running_loop().time()
-    wallets = app[SIDING].wallets
-    outcomes = [refused("55P03")] * len(requests)
-    free = [number for number, request in enumerate(requests) if request.wallet_uuid not in wallets]
-    if free:
-        for number, outcome in zip(free, await lane.apply([requests[number] for number in free]), strict=True):
-            outcomes[number] = outcome
-    return await settle(app, requests, outcomes, began)
-
-
-async def settle(
-    app: web.Application, requests: Sequence[Request], outcomes: list[Outcome], began: float
-) -> list[Outcome]:
-    """Note which wallets are in trouble, and try on the siding what waits for locked ones.
-
-    `began`: when the client asked, on the loop's clock. Raises TimeoutError if an outcome is unknown.
-    """
-    siding = app[SIDING]
-    until = began + app[SETTINGS].request_deadline
-    locked: dict[str, list[int]] = defaultdict(list)
-    for number, outcome in enumerate(outcomes):
-        if not outcome.is_ours():
-            wallet = requests[number].wallet_uuid
-            siding.note(wallet, [outcome])
-            if outcome.sqlstate == "55P03":
-                locked[wallet].append(number)
-    waiting = list(islice(locked.values(), SIDING_SHARE))
-    if waiting:
-        apart = (siding.apply_apart([requests[number] for number in some], until) for some in waiting)
-        for some, found in zip(waiting, await asyncio.gather(*apart), strict=True):
-            for number, outcome in zip(some, found, strict=True):
-                outcomes[number] = outcome
-    return outcomes
-
-
-async def lanes(app: web.Application) -> AsyncIterator[None]:
-    """Run the lanes while the app runs. They end after the last handler has its answer."""
-    settings = app[SETTINGS]
-    deadline = settings.request_deadline
-    lanes = [Lane(str(number), settings.lane_batch, settings.lane_queue, deadline) for number in range(settings.lanes)]
-    bulk = Lane("bulk", BULK_BATCH, settings.bulk_queue, deadline, BULK_HEADROOM)
-    siding = Siding(settings.lane_queue, deadline)
-    for lane in (*lanes, bulk):
-        lane.trouble = siding.wallets
-    app[LANES], app[BULK], app[SIDING] = lanes, bulk, siding
-    kept = [(lane, Line(settings)) for lane in lanes]
-    lent = [(bulk, Line(settings, BULK_PATIENCE)) for _ in range(BULK_LINES)]
-    lent += [(siding, Line(settings, SIDING_PATIENCE)) for _ in range(SIDING_LINES)]
-    tasks = [asyncio.create_task(lane.run(line)) for lane, line in kept]
-    tasks += [asyncio.create_task(lane.run(line, IDLE)) for lane, line in lent]
-    yield
-    for lane in (*lanes, bulk, siding):
-        lane.close()
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
-    for _, line in (*kept, *lent):
-        await line.close()

@@ -1,0 +1,48 @@
+"""What can come of a call but its rows: what the functions in db/ refuse, and errors that are no answer."""
+
+import asyncpg
+
+REFUSALS = {
+    "WA400": (400, "invalid_request"),
+    "WA402": (400, "insufficient_funds"),
+    "WA404": (404, "wallet_not_found"),
+    "WA409": (400, "duplicate_operation"),
+    "WA414": (404, "operation_not_found"),
+    "WA416": (400, "balance_out_of_range"),
+    "WA419": (400, "wallet_exists"),
+    "55P03": (503, "wallet_locked"),
+}
+"""What the functions in db/ refuse, by SQLSTATE: the HTTP status and the code. The detail is the SQL message."""
+DATABASE_REFUSED = (503, "database_refused")
+"""The same for any other SQLSTATE."""
+
+
+class Refusal(asyncpg.PostgresError):
+    """A function in db/ refused its arguments: a definite answer, nothing was changed."""
+
+    after_a_lost_attempt = False
+    """Whether an attempt of the same call was lost before: it may have done what is now refused."""
+
+
+REFUSED = "Refused by the database: not applied"
+"""The detail where the database itself refused: what it said is for the log."""
+LOCKED = "Wallet is locked by another transaction: not applied"
+"""The detail of a 55P03."""
+
+NO_ANSWER = (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError)
+"""What asyncpg raises if a connection cannot be had or was lost: whether a call took effect is unknown."""
+NO_SUCCESS = (asyncpg.PostgresError, *NO_ANSWER)
+"""Whatever can come of a call but its rows."""
+
+for _sqlstate in REFUSALS:  # asyncpg raises the class that declares the SQLSTATE
+    if _sqlstate.startswith("WA"):
+        type(f"Refusal{_sqlstate}", (Refusal,), {"sqlstate": _sqlstate})
+
+
+def code_of(sqlstate: str) -> str:
+    """Return the code for what was refused with a SQLSTATE."""
+    return REFUSALS.get(sqlstate, DATABASE_REFUSED)[1]
+
+
+class Overloaded(Exception):
+    """Too much waits already: this was not sent, and is right to be asked for again later."""

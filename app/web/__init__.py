@@ -1,0 +1,1 @@
+"""The REST door: what arrives over HTTP, and what is answered."""

@@ -1,0 +1,79 @@
+"""The aiohttp application: routes, resources, and what is looked at before a handler is asked."""
+
+from collections.abc import Callable
+from functools import partial
+
+from aiohttp import web
+from aiohttp.typedefs import Handler
+
+from app import metrics
+from app.calls import database, dispatch
+from app.calls.database import SETTINGS
+from app.calls.refusals import DATABASE_REFUSED, REFUSALS
+from app.settings import Settings
+from app.web import connections, docs, handlers, origins
+from app.web.body import ROOM, Room, check_head
+from app.web.messages import check_query
+from app.web.request_log import access_log, answer
+from app.web.turns import Turns
+
+MIB = 1024 * 1024
+
+OPERATION_TYPES = ("DEPOSIT", "WITHDRAW")
+"""The types of operations that clients ask for."""
+OUTCOMES = (
+    "applied",
+    *(code for sqlstate, (_, code) in REFUSALS.items() if sqlstate not in ("WA414", "WA419")),
+    DATABASE_REFUSED[1],
+)
+"""What may come of an operation."""
+
+
+def make_app(settings: Settings) -> web.Application:
+    """Return the application; `settings.database_url` names the database."""
+    app = web.Application(handler_args={"auto_decompress": False})
+    app[SETTINGS] = settings
+    app[ROOM] = Room(settings.body_memory * MIB)
+    app[handlers.TURNS] = Turns()
+    app.cleanup_ctx.extend([access_log, database.pool, dispatch.keep_lanes])
+    routes = [  # the router tries those that share a prefix in this order
+        web.post("/api/v1/wallets/{wallet_uuid}/operation", handlers.apply_operation),
+        web.post("/api/v1/wallets", handlers.create_wallet),
+        web.get("/api/v1/wallets/{wallet_uuid}", handlers.get_wallet),
+        web.get("/api/v1/wallets/{wallet_uuid}/operations", handlers.list_operations),
+        web.get("/api/v1/wallets/{wallet_uuid}/operations/{operation_uuid}", handlers.get_operation),
+        web.post("/api/v1/operations", handlers.apply_operations),
+        web.get("/healthz", handlers.healthz),
+        web.get("/readyz", handlers.readyz),
+        web.get("/metrics", metrics.metrics),
+        *docs.routes(),
+    ]
+    check_origin = origins.guard(settings)
+    app.router.add_routes(
+        web.RouteDef(r.method, r.path, guarded(r.handler, check_origin), {**r.kwargs, "expect_handler": expect})
+        for r in routes
+    )
+    metrics.begin_at_zero(app.router, OPERATION_TYPES, OUTCOMES)
+    connections.keep(app, settings, partial(answer, app))
+    return app
+
+
+async def expect(_request: web.Request) -> None:
+    """Leave an expectation to what comes after the router: nobody is told to go on who is to be refused."""
+
+
+def guarded(handler: Handler, check_origin: Callable[[web.Request], None]) -> Handler:
+    """Return a handler that is asked only for what its request's head allows.
+
+    The contract's order is the protocol, the route, whose page asks, the form. The body comes later.
+    """
+    has_query = handler is handlers.list_operations
+
+    async def enter(request: web.Request) -> web.StreamResponse:
+        check_origin(request)
+        check_head(request)
+        if not has_query:
+            check_query(request)
+        return await handler(request)
+
+    return enter
