@@ -34,7 +34,7 @@ def configure(level: str) -> None:
     """Send everything from this level on to standard error, one line a record. Each process calls it for itself."""
     global _standard_error
     turn = os.memfd_create("turn") if _standard_error.turn is None else _standard_error.turn
-    _standard_error = StandardError(2, turn)
+    _standard_error = StandardError(2, turn, _open_unblocked(2))
     logging.basicConfig(level=level, handlers=[Handler()], force=True)
     logging.getLogger("asyncio").setLevel(logging.WARNING)
     logging.getLogger("aiohttp.server").addFilter(is_not_bad_body)
@@ -56,13 +56,15 @@ def finish() -> None:
 class StandardError:
     """Standard error, as a file that never makes a process wait: a reader that stalls loses lines, which are counted.
 
-    Where a write may block cannot be told beforehand (others write to the same pipe, a terminal is stopped), so a
-    thread writes. It ends when nothing is left, so that the supervisor, which forks, has none as a rule. Processes that
-    share the file take turns, by a lock on `turn`: what a pipe does not hold at once would be mixed with others' lines.
+    It is opened once more where that is possible, as a file of its own that does not block: what it takes at once is
+    written at once. A thread writes the rest, and all of what cannot be opened so. It ends when nothing is left, so
+    that the supervisor, which forks, has none as a rule. Processes that share the file take turns, by a lock on `turn`:
+    what a pipe does not hold at once would be mixed with others' lines.
     """
 
-    def __init__(self, descriptor: int, turn: int | None) -> None:
+    def __init__(self, descriptor: int, turn: int | None, unblocked: int | None) -> None:
         self._descriptor = descriptor
+        self._unblocked = unblocked
         self.turn = turn
         self._lock = threading.Lock()
         self._waiting: list[bytes] = []
@@ -73,7 +75,11 @@ class StandardError:
     def write(self, lines: bytes, number: int = 1) -> None:
         """Have a number of lines written, or drop them if too much waits already."""
         with self._lock:
-            if self._size + len(lines) > WAITING_LIMIT:
+            if self._thread is None and not self._waiting and not self._dropped:
+                lines = self._write_at_once(lines)
+                if not lines:
+                    return
+            if self._size and self._size + len(lines) > WAITING_LIMIT:
                 self._drop(number)
                 return
             self._waiting.append(lines)
@@ -99,6 +105,22 @@ class StandardError:
     def _drop(self, number: int) -> None:
         self._dropped += number
         LINES_DROPPED.inc(number)
+
+    def _write_at_once(self, lines: bytes) -> bytes:
+        """Write what can be written without waiting, and return the rest."""
+        if self._unblocked is None:
+            return lines
+        try:
+            if self.turn is not None:
+                fcntl.lockf(self.turn, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lines = lines[os.write(self._unblocked, lines) :]
+            if lines:
+                return lines  # still in turn: the thread goes on where this one stopped
+        except OSError:  # it is full, or another process writes
+            pass
+        if self.turn is not None:
+            fcntl.lockf(self.turn, fcntl.LOCK_UN)
+        return lines
 
     def _run(self) -> None:
         size = 0
@@ -139,7 +161,20 @@ class StandardError:
         return lines
 
 
-_standard_error = StandardError(2, None)
+_standard_error = StandardError(2, None, None)
+
+
+def _open_unblocked(descriptor: int) -> int | None:
+    """Return a descriptor whose writes don't block, and whose flags are nobody else's; None: not to be had (a socket).
+
+    What is written to a regular file goes where the file's other writers are: it stays as it is, and doesn't block.
+    """
+    try:
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return descriptor
+        return os.open(f"/proc/self/fd/{descriptor}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
+    except OSError:
+        return None
 
 
 def _told(dropped: int) -> bytes:

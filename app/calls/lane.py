@@ -131,8 +131,8 @@ class Lane:
             if any(self._sent.values()):
                 await self._linger()
             self._sent[line] = self._take()
-            await self._send(line)
-            await asyncio.sleep(0)  # whoever was answered goes first, and may find a wallet in trouble
+            if not await self._send(line):
+                await asyncio.sleep(0)  # whoever was answered goes first, and finds a wallet in trouble
 
     async def _linger(self) -> None:
         """While another line has a call under way, wait a little for as many requests as it carries.
@@ -170,13 +170,16 @@ class Lane:
         self._late += [waiting for waiting in sent if waiting.until <= least]
         return [waiting for waiting in sent if waiting.until > least]
 
-    async def _send(self, line: Line) -> None:
-        """Send what was taken. Its call is given up shortly before the deadline of the oldest; the others go again."""
-        again = False
+    async def _send(self, line: Line) -> bool:
+        """Send what was taken, and tell whether every outcome was ours.
+
+        Its call is given up shortly before the deadline of the oldest; the others go again.
+        """
+        again, good = False, True
         while sent := self._sent[line]:
             requests = [request for waiting in sent for request in waiting.requests]
             try:
-                outcomes = iter(await line.apply(requests, sent[0].until - LEAD * self._deadline, again=again))
+                found = await line.apply(requests, sent[0].until - LEAD * self._deadline, again=again)
             except TimeoutError:
                 again = True
                 self._sent[line] = self._with_headroom(sent)
@@ -185,11 +188,14 @@ class Lane:
                 self._late += sent
                 self._sent[line] = []
             else:
+                good = all(outcome.is_ours() for outcome in found)
+                outcomes = iter(found)
                 for waiting in sent:
                     own = list(islice(outcomes, len(waiting.requests)))
                     if not waiting.outcomes.done():
                         waiting.outcomes.set_result(own)
                 self._sent[line] = []
+        return good
 
     def _watch(self) -> None:
         """Keep the deadlines, whatever the lines are doing: one timer, for the oldest that has no answer."""
