@@ -15,7 +15,7 @@ BULK_LINES = 2
 """Connections for bulk requests in each worker."""
 SIDING_LINES = 1
 """Connections for wallets in trouble in each worker."""
-BULK_PATIENCE = 4
+BULK_PATIENCE = 2
 """Times that a bulk call waits for locks as long as others do: what it waits for may be another bulk call."""
 SIDING_PATIENCE = 2.5
 """Times that a call of the siding waits for a lock as long as others do: a wallet may be in the hands of long calls."""
