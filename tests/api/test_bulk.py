@@ -14,7 +14,7 @@ from aiohttp import ClientResponse
 from aiohttp.test_utils import TestClient
 from pytest_aiohttp.plugin import AiohttpClient
 
-from app.calls import lane
+from app.calls import dispatch, lane
 from app.calls.dispatch import BULK
 from app.settings import Settings
 from app.web.application import make_app
@@ -422,7 +422,7 @@ async def test_bulk_requests_that_wait_share_a_call(
     aiohttp_client: AiohttpClient,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(lane, "BULK_BATCH", batch)
+    monkeypatch.setattr(dispatch, "BULK_BATCH", batch)
     client = await aiohttp_client(make_app(Settings(database_url=database_url)))
     await create(client, {"pilot": 0, "w": 0})
     operations = [uuid4() for _ in range(9)]
@@ -500,7 +500,7 @@ async def test_a_second_call_waits_for_as_much_as_the_first_one_carries(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(lane, "LINGER", 3600)
-    monkeypatch.setattr(lane, "BULK_BATCH", batch)
+    monkeypatch.setattr(dispatch, "BULK_BATCH", batch)
     client = await aiohttp_client(make_app(Settings(database_url=database_url)))
     await create(client, {"w": 0, "v": 0})
     async with call_under_way(client, superuser):
