@@ -1,8 +1,9 @@
 """A real PostgreSQL for every test: one server a worker, one migrated database a test, cloned from a template."""
 
+import fcntl
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +27,24 @@ ROOM = 4 * 2**30
 
 if MEMORY.is_dir() and os.access(MEMORY, os.W_OK | os.X_OK) and shutil.disk_usage(MEMORY).free > ROOM:
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))  # where pytest makes its temporary folders
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Run a test that is marked `alone` while no other worker runs one, because it looks at the clock.
+
+    Tests queue for the room: behind one that waits for an empty room nobody enters it.
+    """
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return (yield)
+    alone = item.get_closest_marker("alone") is not None
+    folder = item.config._tmp_path_factory.getbasetemp().parent
+    with (folder / "queue").open("w") as queue, (folder / "room").open("w") as room:
+        fcntl.flock(queue, fcntl.LOCK_EX)
+        fcntl.flock(room, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        fcntl.flock(queue, fcntl.LOCK_UN)
+        return (yield)
+
 
 Clone = Callable[[], AbstractContextManager[psycopg.Connection]]
 
