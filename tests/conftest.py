@@ -1,26 +1,59 @@
-"""A real PostgreSQL for every test: one server a run, one migrated database a test, cloned from a template."""
+"""A real PostgreSQL for every test: one server a worker, one migrated database a test, cloned from a template."""
 
+import fcntl
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from uuid import uuid4
 
 import psycopg
 import pytest
 from aiohttp.test_utils import TestClient
 from pytest_aiohttp.plugin import AiohttpClient
 from pytest_postgresql import factories
+from pytest_postgresql.executors import NoopExecutor
 
 from app.server.embedded import BINARIES, Postgres, connection_url
 from app.server.migrations import LOGIN, dbmate
 from app.settings import Settings
 from app.web.application import make_app
 
+MEMORY = Path("/dev/shm")
+ROOM = 4 * 2**30
+"""Bytes that must be free in memory if the tests are to put their files there."""
+
+if MEMORY.is_dir() and os.access(MEMORY, os.W_OK | os.X_OK) and shutil.disk_usage(MEMORY).free > ROOM:
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))  # where pytest makes its temporary folders
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Run a test that is marked `alone` while no other worker runs one, because it looks at the clock.
+
+    Tests queue for the room: behind one that waits for an empty room nobody enters it.
+    """
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return (yield)
+    alone = item.get_closest_marker("alone") is not None
+    folder = item.config._tmp_path_factory.getbasetemp().parent
+    with (folder / "queue").open("w") as queue, (folder / "room").open("w") as room:
+        fcntl.flock(queue, fcntl.LOCK_EX)
+        fcntl.flock(room, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        fcntl.flock(queue, fcntl.LOCK_UN)
+        return (yield)
+
+
+Clone = Callable[[], AbstractContextManager[psycopg.Connection]]
+
 
 def open_folder(tmp_path_factory: pytest.TempPathFactory, name: str) -> Path:
     """Make a folder whose parents everybody can enter: programs before PostgreSQL 16 leave theirs and come back."""
     folder = tmp_path_factory.mktemp(name)
-    for parent in (folder, *folder.parents[:2]):
+    own = 3 if "PYTEST_XDIST_WORKER" in os.environ else 2
+    for parent in (folder, *folder.parents[:own]):
         parent.chmod(0o711)
     return folder
 
@@ -55,7 +88,26 @@ def migrate(host: str, user: str, dbname: str, **_: object) -> None:
 
 
 postgresql_noproc = factories.postgresql_noproc(depends_on="server", load=[migrate])
-postgresql = factories.postgresql("postgresql_noproc")
+
+
+@pytest.fixture(scope="session")
+def clone(postgresql_noproc: NoopExecutor) -> Iterator[Clone]:
+    """Give a superuser's connection to a migrated, empty database, which is dropped afterwards.
+
+    One session makes and drops them all: pytest-postgresql opens two for each, which costs as much as the database.
+    """
+    host, user = postgresql_noproc.host, postgresql_noproc.user
+    with psycopg.connect(connection_url(host, user, "postgres"), autocommit=True) as maintenance:
+
+        @contextmanager
+        def clone() -> Iterator[psycopg.Connection]:
+            name = f"test_{uuid4().hex}"
+            maintenance.execute(f"create database {name} template {postgresql_noproc.template_dbname}")
+            with closing(psycopg.connect(connection_url(host, user, name), autocommit=True)) as connection:
+                yield connection
+            maintenance.execute(f"drop database {name} with (force)")
+
+        yield clone
 
 
 def url_of(connection: psycopg.Connection, user: str) -> str:
@@ -64,10 +116,10 @@ def url_of(connection: psycopg.Connection, user: str) -> str:
 
 
 @pytest.fixture
-def superuser(postgresql: psycopg.Connection) -> psycopg.Connection:
+def superuser(clone: Clone) -> Iterator[psycopg.Connection]:
     """A superuser's connection to a migrated, empty database of this test's own."""
-    postgresql.autocommit = True
-    return postgresql
+    with clone() as connection:
+        yield connection
 
 
 @pytest.fixture

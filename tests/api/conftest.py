@@ -1,8 +1,17 @@
 """What the tests over HTTP share."""
 
+from collections.abc import AsyncIterator, Iterator
+
+import psycopg
 import pytest
+import pytest_asyncio
+from aiohttp.test_utils import TestClient, TestServer
 
 from app.calls import line
+from app.server.migrations import LOGIN
+from app.settings import Settings
+from app.web.application import make_app
+from tests.conftest import Clone, url_of
 
 
 @pytest.fixture(autouse=True)
@@ -10,3 +19,21 @@ def patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let calls wait for locked wallets past their deadline: most tests lock a wallet to keep a lane busy."""
     monkeypatch.setattr(line, "LOCK_SHARE", 1000)
     monkeypatch.setattr(line, "LOCK_TIMEOUT", 3600)
+
+
+@pytest.fixture(scope="module")
+def shared_superuser(clone: Clone) -> Iterator[psycopg.Connection]:
+    """A superuser's connection to the database of shared_client."""
+    with clone() as connection:
+        yield connection
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shared_client(shared_superuser: psycopg.Connection) -> AsyncIterator[TestClient]:
+    """An HTTP client of an app and a database that a module's tests share: for requests that change nothing.
+
+    Tests with it have `pytest.mark.asyncio(loop_scope="module")`.
+    """
+    settings = Settings(database_url=url_of(shared_superuser, LOGIN))
+    async with TestClient(TestServer(make_app(settings))) as client:
+        yield client

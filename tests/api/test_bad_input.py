@@ -2,11 +2,12 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import psycopg
 import pytest
+import pytest_asyncio
 from aiohttp.test_utils import TestClient
 from yarl import URL
 
@@ -20,14 +21,24 @@ WALLETS = "/api/v1/wallets"
 OPERATION = "/api/v1/wallets/w/operation"
 
 
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def client(shared_client: TestClient) -> TestClient:
+    """A client of the app that all these tests share. Wallet w holds 100."""
+    await create(shared_client, {"w": 100})
+    return shared_client
+
+
 @pytest.fixture(autouse=True)
-async def nothing_moves(client: TestClient, superuser: psycopg.Connection) -> AsyncIterator[None]:
-    """Wallet w holds 100, and after the test every wallet and every operation is as it was before."""
+def nothing_moves(client: TestClient, shared_superuser: psycopg.Connection) -> Iterator[None]:
+    """After the test every wallet and every operation is as it was before."""
 
     def books() -> list[Any]:
-        return [superuser.execute(f"select * from wallet.{table}").fetchall() for table in ("wallet", "operation")]
+        tables = ("wallet", "operation")
+        return [shared_superuser.execute(f"select * from wallet.{table}").fetchall() for table in tables]
 
-    await create(client, {"w": 100})
     before = books()
     yield
     assert books() == before

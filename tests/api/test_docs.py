@@ -4,11 +4,13 @@ import asyncio
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psycopg
 import pytest
+import pytest_asyncio
 from aiohttp.test_utils import TestClient
 from pytest_aiohttp.plugin import AiohttpServer
 from selenium import webdriver
@@ -107,9 +109,9 @@ def test_swagger_ui_s_licence_lies_beside_it() -> None:
     assert (folder / "swagger-ui-bundle.js.LICENSE.txt").exists()
 
 
-@pytest.fixture
-def browser(tmp_path: Path) -> Iterator[webdriver.Chrome]:
-    """A headless Chromium that knows nothing."""
+@contextmanager
+def chromium(profile: Path) -> Iterator[webdriver.Chrome]:
+    """Start a headless Chromium that knows nothing."""
     if CHROMIUM is None or DRIVER is None:
         pytest.skip("no browser here: chromium and chromedriver (Debian: chromium-driver) are not installed")
     options = webdriver.ChromeOptions()
@@ -126,13 +128,21 @@ def browser(tmp_path: Path) -> Iterator[webdriver.Chrome]:
         "disable-sync",
         "window-size=1280,2000",
         "host-resolver-rules=MAP evil.example 127.0.0.1",
-        f"user-data-dir={tmp_path}/profile",
+        f"user-data-dir={profile}",
     ):
         options.add_argument(f"--{flag}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    chromium = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
-    yield chromium
-    chromium.quit()
+    browser = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
+    try:
+        yield browser
+    finally:
+        browser.quit()
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Iterator[webdriver.Chrome]:
+    with chromium(tmp_path / "profile") as browser:
+        yield browser
 
 
 async def test_a_person_opens_the_page_and_tries_an_operation_out(
@@ -169,22 +179,34 @@ def try_an_operation_out(browser: webdriver.Chrome, url: str) -> None:
     assert "0b0e3c2e-5d2a-4f6b-8a51-6f1f0b7d9a01" in shown
 
 
-async def in_a_browser(
-    database_url: str,
-    aiohttp_server: AiohttpServer,
-    browser: webdriver.Chrome,
-    look: Callable[[webdriver.Chrome], None],
-) -> None:
-    """Open the page in a browser, with every operation unfolded, and have somebody look at it."""
-    server = await aiohttp_server(make_app(Settings(database_url=database_url)))
-    url = str(server.make_url("/docs"))
+@pytest.fixture(scope="module", params=["light", "dark"])
+def scheme(request: pytest.FixtureRequest) -> str:
+    """What a reader prefers."""
+    return str(request.param)
 
-    def open_and_look() -> None:
-        browser.get(url)
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def page(
+    scheme: str, shared_client: TestClient, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[webdriver.Chrome]:
+    """The page in the browser of such a reader, with every operation unfolded.
+
+    That takes Chromium seconds, so tests share the page, and leave it as they found it.
+    """
+
+    def open_it(browser: webdriver.Chrome) -> None:
+        prefer(browser, scheme)
+        browser.get(str(shared_client.make_url("/docs")))
         unfold(browser)
-        look(browser)
 
-    await asyncio.to_thread(open_and_look)
+    with chromium(tmp_path_factory.mktemp("profile")) as browser:
+        await asyncio.to_thread(open_it, browser)
+        yield browser
+
+
+def prefer(browser: webdriver.Chrome, scheme: str) -> None:
+    media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
 
 
 def unfold(browser: webdriver.Chrome) -> None:
@@ -198,26 +220,19 @@ def unfold(browser: webdriver.Chrome) -> None:
     wait.until(lambda _: len(browser.find_elements(By.CSS_SELECTOR, "button.execute")) == len(summaries))
 
 
-async def test_every_parameter_has_its_name_and_type_and_none_is_filled_in_that_may_be_left_out(
-    database_url: str, aiohttp_server: AiohttpServer, browser: webdriver.Chrome
+def test_every_parameter_has_its_name_and_type_and_none_is_filled_in_that_may_be_left_out(
+    page: webdriver.Chrome,
 ) -> None:
     document = json.loads(docs.description())
-    shown: list[dict[str, str]] = []
-
-    def look(browser: webdriver.Chrome) -> None:
-        shown.extend(
-            browser.execute_script("""
-                return [...document.querySelectorAll(".opblock")].flatMap(operation =>
-                  [...operation.querySelectorAll("table.parameters > tbody > tr")].map(row => ({
-                    operation: operation.id,
-                    name: row.querySelector(".parameter__name").firstChild.textContent,
-                    type: row.querySelector(".parameter__type").innerText,
-                    place: row.querySelector(".parameter__in").innerText,
-                    value: row.querySelector("input").value,
-                  })))""")
-        )
-
-    await in_a_browser(database_url, aiohttp_server, browser, look)
+    shown: list[dict[str, str]] = page.execute_script("""
+        return [...document.querySelectorAll(".opblock")].flatMap(operation =>
+          [...operation.querySelectorAll("table.parameters > tbody > tr")].map(row => ({
+            operation: operation.id,
+            name: row.querySelector(".parameter__name").firstChild.textContent,
+            type: row.querySelector(".parameter__type").innerText,
+            place: row.querySelector(".parameter__in").innerText,
+            value: row.querySelector("input").value,
+          })))""")
 
     described = 0
     for item in document["paths"].values():
@@ -232,20 +247,22 @@ async def test_every_parameter_has_its_name_and_type_and_none_is_filled_in_that_
     assert filled_in == {"limit": "100", "before": ""}
 
 
-async def test_the_page_is_no_wider_than_a_telephone(
-    database_url: str, aiohttp_server: AiohttpServer, browser: webdriver.Chrome
-) -> None:
-    def look(browser: webdriver.Chrome) -> None:
-        browser.execute_script("document.querySelector('button.execute').click()")
+@pytest.mark.asyncio(loop_scope="module")
+async def test_the_page_is_no_wider_than_a_telephone(page: webdriver.Chrome) -> None:
+    def look() -> None:
+        page.execute_script("document.querySelector('button.execute').click()")
         answer = (By.CSS_SELECTOR, ".live-responses-table tbody .response-col_status")
-        WebDriverWait(browser, 20).until(conditions.presence_of_element_located(answer))
+        WebDriverWait(page, 20).until(conditions.presence_of_element_located(answer))
         for width in (1280, 600, 390, 320):
             metrics = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": True}
-            browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-            assert browser.execute_script("return document.documentElement.clientWidth") == width
-            assert browser.execute_script("return document.documentElement.scrollWidth") == width
+            page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+            assert page.execute_script("return document.documentElement.clientWidth") == width
+            assert page.execute_script("return document.documentElement.scrollWidth") == width
 
-    await in_a_browser(database_url, aiohttp_server, browser, look)
+    try:
+        await asyncio.to_thread(look)
+    finally:
+        page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
 CONTRASTS = """
@@ -268,30 +285,22 @@ CONTRASTS = """
 """The texts of the page, each with its contrast (WCAG 2.2, relative luminance) and the luminance behind it."""
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-async def test_the_page_is_as_dark_as_the_reader_wants_it(
-    scheme: str, database_url: str, aiohttp_server: AiohttpServer, browser: webdriver.Chrome
-) -> None:
-    def prefer(scheme: str) -> None:
-        media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
-
+def test_the_page_is_as_dark_as_the_reader_wants_it(page: webdriver.Chrome, scheme: str) -> None:
     def see(scheme: str) -> None:
-        browser.execute_script("document.querySelectorAll('*').forEach(one => one.style.transition = 'none')")
-        texts = browser.execute_script(CONTRASTS)
+        page.execute_script("document.querySelectorAll('*').forEach(one => one.style.transition = 'none')")
+        texts = page.execute_script(CONTRASTS)
         behind = sorted(luminance for _, _, luminance in texts)[len(texts) // 2]
         assert (behind < 0.1) if scheme == "dark" else (behind > 0.7)
         if scheme == "dark":
             assert [text for text, contrast, _ in texts if contrast < 3] == []
 
-    def look(_browser: webdriver.Chrome) -> None:
-        see(scheme)
-        other = "light" if scheme == "dark" else "dark"
-        prefer(other)
+    see(scheme)
+    other = "light" if scheme == "dark" else "dark"
+    try:
+        prefer(page, other)
         see(other)
-
-    prefer(scheme)
-    await in_a_browser(database_url, aiohttp_server, browser, look)
+    finally:
+        prefer(page, scheme)
 
 
 def urls_requested(browser: webdriver.Chrome) -> list[str]:

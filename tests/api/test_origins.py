@@ -36,6 +36,7 @@ ROUTES = [
     ("GET", "/docs/initializer.js"),
 ]
 NAVIGATION = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document"}
+shared = pytest.mark.asyncio(loop_scope="module")
 
 
 def deposit() -> dict[str, Any]:
@@ -49,13 +50,15 @@ def own(client: TestClient, scheme: str = "http") -> str:
 # Sec-Fetch-Site and Origin
 
 
+@shared
 @pytest.mark.parametrize("site", ["cross-site", "same-site", "", "nonsense", "none, same-origin"])
 @pytest.mark.parametrize(("method", "path"), ROUTES)
-async def test_a_page_of_another_site_may_not_ask(client: TestClient, method: str, path: str, site: str) -> None:
-    answer = await client.request(method, path, json=deposit(), headers={"Sec-Fetch-Site": site})
+async def test_a_page_of_another_site_may_not_ask(shared_client: TestClient, method: str, path: str, site: str) -> None:
+    answer = await shared_client.request(method, path, json=deposit(), headers={"Sec-Fetch-Site": site})
     await problem(answer, 403, "forbidden")
 
 
+@shared
 @pytest.mark.parametrize(
     "origin",
     [
@@ -73,9 +76,11 @@ async def test_a_page_of_another_site_may_not_ask(client: TestClient, method: st
     ],
 )
 @pytest.mark.parametrize(("method", "path"), ROUTES)
-async def test_a_page_of_another_origin_may_not_ask(client: TestClient, method: str, path: str, origin: str) -> None:
+async def test_a_page_of_another_origin_may_not_ask(
+    shared_client: TestClient, method: str, path: str, origin: str
+) -> None:
     for site in ({}, {"Sec-Fetch-Site": "same-origin"}, {"Sec-Fetch-Site": "none"}):
-        answer = await client.request(method, path, json=deposit(), headers={"Origin": origin} | site)
+        answer = await shared_client.request(method, path, json=deposit(), headers={"Origin": origin} | site)
         await problem(answer, 403, "forbidden")
 
 
@@ -151,15 +156,17 @@ FOREIGN = [
 ]
 
 
+@shared
 @pytest.mark.parametrize("host", OWN)
-async def test_a_name_of_this_machine_is_answered(client: TestClient, host: str) -> None:
-    assert (await client.get("/healthz", headers={"Host": host})).status == 200
+async def test_a_name_of_this_machine_is_answered(shared_client: TestClient, host: str) -> None:
+    assert (await shared_client.get("/healthz", headers={"Host": host})).status == 200
 
 
+@shared
 @pytest.mark.parametrize("host", FOREIGN)
-async def test_a_name_that_a_stranger_has_pointed_here_is_not(client: TestClient, host: str) -> None:
+async def test_a_name_that_a_stranger_has_pointed_here_is_not(shared_client: TestClient, host: str) -> None:
     for method, path in [*ROUTES, ("GET", "/docs")]:
-        answer = await client.request(method, path, json=deposit(), headers={"Host": host})
+        answer = await shared_client.request(method, path, json=deposit(), headers={"Host": host})
         await problem(answer, 421, "misdirected_request")
 
 

@@ -434,12 +434,21 @@ as_root = pytest.mark.skipif(os.getuid() != 0, reason="only root runs PostgreSQL
 NOBODY = pwd.getpwnam("nobody").pw_uid
 
 
+@pytest.fixture(scope="module")
+def used_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data folder that has been used once, for tests to copy."""
+    home = tmp_path_factory.mktemp("used") / "data"
+    ran = run("psql", "-X", "-c", "select 1", WALLET_DATA_DIR=str(home))
+    assert ran.returncode == 0, ran.stderr
+    return home
+
+
 @pytest.fixture
-def home(start: Start, tmp_path: Path) -> Path:
+def home(used_home: Path, tmp_path: Path) -> Path:
     """A data folder that has been used, and is not in use."""
-    service = start()
-    service.stop()
-    return service.home
+    home = tmp_path / "data"
+    subprocess.run(["cp", "-a", used_home, home], check=True)
+    return home
 
 
 def pid_file(*lines: object) -> str:
