@@ -128,11 +128,11 @@ async def test_a_locked_wallet_holds_up_nobody_else_whoever_asks_for_it(
     async with others.asking(OTHERS, doors[1], 20), contextlib.AsyncExitStack() as stack:
         with locked(superuser, "w"):
             await stack.enter_async_context(the_locked.asking(["w"], doors[0], 10))
-            await asyncio.sleep(2)
+            await asyncio.sleep(4)
             assert the_locked.answers == Counter()
 
     assert set(others.answers) == {(200, None)}
-    assert others.answers.total() > 500
+    assert others.answers.total() > 1000
     assert others.p99 < 0.5
     assert set(the_locked.answers) == {(200, None)}
     assert await balance(client, "w") == 100 + the_locked.answers.total()
