@@ -33,8 +33,10 @@ log = logging.getLogger("wallet")
 def configure(level: str) -> None:
     """Send everything from this level on to standard error, one line a record. Each process calls it for itself."""
     global _standard_error
-    turn = os.memfd_create("turn") if _standard_error.turn is None else _standard_error.turn
-    _standard_error = StandardError(2, turn, _open_unblocked(2))
+    turn, unblocked = _standard_error.turn, _standard_error.unblocked
+    if turn is None:
+        turn, unblocked = os.memfd_create("turn"), _open_unblocked(2)
+    _standard_error = StandardError(2, turn, unblocked)
     logging.basicConfig(level=level, handlers=[Handler()], force=True)
     logging.getLogger("asyncio").setLevel(logging.WARNING)
     logging.getLogger("aiohttp.server").addFilter(is_not_bad_body)
@@ -64,7 +66,7 @@ class StandardError:
 
     def __init__(self, descriptor: int, turn: int | None, unblocked: int | None) -> None:
         self._descriptor = descriptor
-        self._unblocked = unblocked
+        self.unblocked = unblocked
         self.turn = turn
         self._lock = threading.Lock()
         self._waiting: list[bytes] = []
@@ -93,6 +95,7 @@ class StandardError:
                 self._thread.start()
             except RuntimeError:  # no more threads are to be had: the next line tries again
                 self._thread = None
+                self._lock_turn(fcntl.LOCK_UN)
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
@@ -108,19 +111,22 @@ class StandardError:
 
     def _write_at_once(self, lines: bytes) -> bytes:
         """Write what can be written without waiting, and return the rest."""
-        if self._unblocked is None:
+        if self.unblocked is None:
             return lines
         try:
-            if self.turn is not None:
-                fcntl.lockf(self.turn, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            lines = lines[os.write(self._unblocked, lines) :]
+            self._lock_turn(fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lines = lines[os.write(self.unblocked, lines) :]
             if lines:
                 return lines  # still in turn: the thread goes on where this one stopped
         except OSError:  # it is full, or another process writes
             pass
-        if self.turn is not None:
-            fcntl.lockf(self.turn, fcntl.LOCK_UN)
+        self._lock_turn(fcntl.LOCK_UN)
         return lines
+
+    def _lock_turn(self, operation: int) -> None:
+        """Take the turn or end it; the kernel ends it with the process."""
+        if self.turn is not None:
+            fcntl.lockf(self.turn, operation)
 
     def _run(self) -> None:
         size = 0
@@ -145,8 +151,7 @@ class StandardError:
 
     def _write(self, lines: bytes) -> bytes:
         """Write lines, however long that takes, and return what cannot be: nobody will ever read it, a full disk."""
-        if self.turn is not None:
-            fcntl.lockf(self.turn, fcntl.LOCK_EX)  # the kernel lets go of it when a process ends
+        self._lock_turn(fcntl.LOCK_EX)
         while lines:
             try:
                 lines = lines[os.write(self._descriptor, lines) :]
@@ -156,8 +161,7 @@ class StandardError:
                 writable.poll()
             except OSError:
                 break
-        if self.turn is not None:
-            fcntl.lockf(self.turn, fcntl.LOCK_UN)
+        self._lock_turn(fcntl.LOCK_UN)
         return lines
 
 

@@ -40,12 +40,15 @@ async def answer(app: web.Application, handler: Handler, request: web.Request) -
     given = request.headers.get("X-Request-ID", "")
     request_id = given if _GOOD_ID.fullmatch(given) else f"{random.getrandbits(64):016x}"
     REQUEST_ID.set(request_id)
-    response: web.StreamResponse
+    response: web.StreamResponse | None
     try:
         check_protocol(request)
-        response = await handler(request)
-    except web.HTTPNotFound as error:
-        response = await redirection(request) or answer_to(error)
+        try:
+            response = await handler(request)
+        except web.HTTPNotFound:
+            response = await redirection(request)
+            if response is None:
+                raise
     except Exception as error:
         response = answer_to(error)
     response.headers["X-Request-ID"] = request_id

@@ -4,15 +4,9 @@ from aiohttp import web
 
 
 async def redirection(request: web.Request) -> web.Response | None:
-    """Return the 308 for a request whose path is that of a route but for a slash at its end."""
-    path = await _path_without_slash(request)
-    return None if path is None else web.Response(status=308, headers={"Location": path})
+    """Return the 308 for a request whose path is that of a route but for a slash at its end; the query goes along.
 
-
-async def _path_without_slash(request: web.Request) -> str | None:
-    """Return the path, and the query if there is one, that a path with a slash at its end is led to; None: to nowhere.
-
-    It begins with one slash: with two it would name another host (RFC 3986, section 4.2).
+    Where it leads begins with one slash: with two it would name another host (RFC 3986, section 4.2).
     """
     path, query = request.rel_url.raw_path.removesuffix("/"), request.rel_url.raw_query_string
     if path == request.rel_url.raw_path or not path or path.startswith("//"):
@@ -20,4 +14,4 @@ async def _path_without_slash(request: web.Request) -> str | None:
     known = await request.app.router.resolve(request.clone(rel_url=request.rel_url.with_path(path, encoded=True)))
     if known.http_exception is not None and known.http_exception.status != 405:
         return None
-    return f"{path}?{query}" if query else path
+    return web.Response(status=308, headers={"Location": f"{path}?{query}" if query else path})
