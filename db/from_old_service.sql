@@ -332,17 +332,13 @@ select
 from entry as e
 window in_order as (partition by e.wallet_uuid order by e.part, e.id rows unbounded preceding);
 
-insert into wallet.wallet (uuid, id, balance, seq, created_at)
+insert into wallet.wallet (uuid, id, created_at)
 overriding system value
 select
   m.uuid,
   m.id,
-  m.new_balance as balance,
-  count(h.seq) as seq,
   now() as created_at
 from pg_temp.moved as m
-left join pg_temp.history as h on m.uuid = h.wallet_uuid
-group by m.uuid, m.id, m.new_balance
 order by m.id;
 
 insert into wallet.operation (wallet_uuid, seq, operation_uuid, operation_type, amount, balance_after, created_at)

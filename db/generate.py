@@ -2,8 +2,9 @@
 
 dbmate has no repeatable migrations, so functions and grants are edited in their own files, and a migration carries a
 copy of what changed: upwards the new text, downwards the one before. What was there before is read from the
-migrations themselves, which are never edited once they have landed. The newest one is written again if it has this
-NAME already.
+migrations themselves, which are never edited once they have landed. The one that has this NAME
+already is written again: what stands in it between `-- By hand` and `-- Generated`, upwards and downwards, stays
+before the rest.
 """
 
 import re
@@ -20,6 +21,7 @@ FUNCTION = re.compile(
     r"^comment on function (?P<signature>wallet\.\w+\([^)]*\)) is$.*?';$",
     re.DOTALL | re.MULTILINE,
 )
+BY_HAND = re.compile(r"^-- By hand$.*?^-- Generated$", re.DOTALL | re.MULTILINE)
 GRANTS = re.compile(r"^-- wallet_app calls functions.*?(?=^reset role;$|\Z)", re.DOTALL | re.MULTILINE)
 
 
@@ -57,13 +59,17 @@ def migrated(migrations: list[Path]) -> State:
     return State(functions, grants)
 
 
-def migration(before: State, after: State) -> str:
-    """Return the text of the migration from one state to another."""
-    return "\n".join(["-- migrate:up", "", *_section(before, after), "-- migrate:down", "", *_section(after, before)])
+def migration(before: State, after: State, written: str = "") -> str:
+    """Return the text of the migration from one state to another. `written`: its text so far, with what is by hand."""
+    up, _, down = written.partition("-- migrate:down")
+    return "\n".join(
+        ["-- migrate:up", "", *_section(before, after, up), "-- migrate:down", "", *_section(after, before, down)]
+    )
 
 
-def _section(before: State, after: State) -> list[str]:
+def _section(before: State, after: State, written: str) -> list[str]:
     """Return the lines that lead from one state to another. Grants go with new functions, so they come along."""
+    by_hand = BY_HAND.search(written)
     dropped = [
         one.signature
         for name, one in before.functions.items()
@@ -74,6 +80,7 @@ def _section(before: State, after: State) -> list[str]:
         "set local search_path = pg_catalog, pg_temp;",
         "set local role wallet_owner;",
         "",
+        *([by_hand[0], ""] if by_hand else []),
         *[f"drop function {signature};" for signature in dropped],
         *[""][: len(dropped)],
         *[f"{source}\n" for source in changed],
@@ -96,13 +103,15 @@ def _functions(text: str) -> dict[str, Function]:
 def main(name: str) -> None:
     """Write the migration."""
     migrations = sorted(MIGRATIONS.glob("*.sql"))
-    path = MIGRATIONS / f"{datetime.now(UTC):%Y%m%d%H%M%S}_{name}.sql"
-    if migrations[-1].stem.partition("_")[2] == name:
-        path = migrations.pop()
+    path, written = MIGRATIONS / f"{datetime.now(UTC):%Y%m%d%H%M%S}_{name}.sql", ""
+    for number, one in enumerate(migrations):
+        if one.stem.partition("_")[2] == name:
+            path, written, migrations = one, one.read_text(), migrations[:number]
+            break
     before, after = migrated(migrations), files()
     if before == after:
         sys.exit("nothing changed")
-    path.write_text(migration(before, after))
+    path.write_text(migration(before, after, written))
     print(path)
 
 

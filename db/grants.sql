@@ -7,21 +7,23 @@ revoke all on all functions in schema wallet from public;
 grant usage on schema wallet to wallet_app, wallet_reader;
 
 grant execute on function
-  wallet.create_wallet(text),
-  wallet.apply_operation(text, uuid, text, bigint),
-  wallet.apply_operations(text[], uuid[], text[], bigint[]),
+  wallet.create_wallet(text, text, timestamptz),
+  wallet.apply_operation(text, uuid, text, bigint, text, uuid, timestamptz, jsonb, timestamptz),
+  wallet.apply_operations(text[], uuid[], text[], bigint[], text[], uuid[], timestamptz[], jsonb[], boolean, timestamptz),
+  wallet.set_status(text, text, timestamptz),
   wallet.raise_too_late()
 to wallet_app;
 
 grant execute on function
-  wallet.get_wallet(text),
+  wallet.get_wallet(text, timestamptz),
   wallet.get_operation(text, uuid),
-  wallet.list_operations(text, bigint, int),
+  wallet.list_operations(text, bigint, int, timestamptz, timestamptz),
+  wallet.list_wallets(text, int, text),
   wallet.contract_version(),
   wallet.verify()
 to wallet_app, wallet_reader;
 
-grant select on wallet.wallet, wallet.operation to wallet_reader;
+grant select on wallet.wallet, wallet.operation, wallet.balance to wallet_reader;
 
 -- The ledger is append-only and a wallet with a history stays, for the owner too: whoever means it grants it to himself.
 revoke delete, truncate on wallet.wallet from wallet_owner;

@@ -1,6 +1,7 @@
 """The rules as a table: what happens to whom, in what order, with what outcome. Every door is held to it."""
 
-from typing import NamedTuple
+from datetime import UTC, datetime
+from typing import Any, NamedTuple
 from uuid import UUID
 
 MAX = 2**63 - 1
@@ -9,11 +10,16 @@ A, B, C, D = (UUID(f"{letter * 8}-0000-4000-8000-000000000000") for letter in "a
 
 MESSAGES = {
     "WA402": "Not enough money",
+    "WA403": "Wallet is frozen",
     "WA404": "Wallet not found",
+    "WA405": "Wallet is closed",
     "WA409": "Transaction already exists",
     "WA414": "Operation not found",
     "WA416": "Balance out of range",
+    "WA417": "Wallet is not empty",
     "WA419": "Wallet already exists",
+    "WA422": "Currencies differ",
+    "WA425": "Another operation of the request was refused",
 }
 """What goes with each SQLSTATE. WA400 is not here: it says what is wrong with the argument."""
 NIL_MESSAGE = "operation_uuid must not be the nil UUID"
@@ -21,11 +27,15 @@ NIL_MESSAGE = "operation_uuid must not be the nil UUID"
 PROBLEMS = {
     "WA400": (400, "invalid_request"),
     "WA402": (400, "insufficient_funds"),
+    "WA403": (400, "wallet_frozen"),
     "WA404": (404, "wallet_not_found"),
+    "WA405": (400, "wallet_closed"),
     "WA409": (400, "duplicate_operation"),
     "WA414": (404, "operation_not_found"),
     "WA416": (400, "balance_out_of_range"),
+    "WA417": (400, "wallet_not_empty"),
     "WA419": (400, "wallet_exists"),
+    "WA422": (400, "currency_mismatch"),
 }
 """The status and the code with which REST answers each SQLSTATE."""
 
@@ -37,24 +47,55 @@ class Request(NamedTuple):
     operation: UUID
     type: str
     amount: int
-    outcome: str | None
+    outcome: str | None = None
+    counterparty: str | None = None
+    hold: UUID | None = None
+    expires_at: datetime | None = None
+    metadata: Any = None
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """What the functions take, in their order."""
+        return (
+            self.wallet,
+            self.operation,
+            self.type,
+            self.amount,
+            self.counterparty,
+            self.hold,
+            self.expires_at,
+            self.metadata,
+        )
 
 
 class Case(NamedTuple):
-    """Wallets with what they hold at first, requests one after another, and what the wallets hold then."""
+    """Wallets with what they hold at first, requests one after another, and what the wallets hold then.
+
+    `currencies` and `statuses`: of wallets that have another than null and OPEN, from before the first request.
+    Sent as one atomic batch, requests that are refused with others leave `wallets` as they were, and what is None here
+    is WA425 there.
+    """
 
     name: str
     wallets: dict[str, int]
     requests: list[Request]
     balances: dict[str, int]
+    currencies: dict[str, str] = {}  # noqa: RUF012
+    statuses: dict[str, str] = {}  # noqa: RUF012
 
 
-def deposit(wallet: str, operation: UUID, amount: int, outcome: str | None = None) -> Request:
-    return Request(wallet, operation, "DEPOSIT", amount, outcome)
+def deposit(wallet: str, operation: UUID, amount: int, outcome: str | None = None, **more: Any) -> Request:
+    return Request(wallet, operation, "DEPOSIT", amount, outcome, **more)
 
 
-def withdraw(wallet: str, operation: UUID, amount: int, outcome: str | None = None) -> Request:
-    return Request(wallet, operation, "WITHDRAW", amount, outcome)
+def withdraw(wallet: str, operation: UUID, amount: int, outcome: str | None = None, **more: Any) -> Request:
+    return Request(wallet, operation, "WITHDRAW", amount, outcome, **more)
+
+
+def transfer(
+    wallet: str, payee: str | None, operation: UUID, amount: int, outcome: str | None = None, **more: Any
+) -> Request:
+    return Request(wallet, operation, "TRANSFER", amount, outcome, payee, **more)
 
 
 CASES = [
@@ -189,7 +230,7 @@ CASES = [
         [deposit("w", A, -1, "WA400"), withdraw("w", B, -1, "WA400"), withdraw("w", C, -MAX - 1, "WA400")],
         {"w": 5},
     ),
-    Case("an unknown type is refused", {"w": 5}, [Request("w", A, "TRANSFER", 5, "WA400")], {"w": 5}),
+    Case("an unknown type is refused", {"w": 5}, [Request("w", A, "LOAN", 5, "WA400")], {"w": 5}),
     Case("an empty type is refused", {"w": 5}, [Request("w", A, "", 5, "WA400")], {"w": 5}),
     Case(
         "a type in lower case is refused",
@@ -218,5 +259,193 @@ CASES = [
         {"w": 0},
         [withdraw("w", NIL, 5, "WA400"), withdraw("w", A, 5, "WA402")],
         {"w": 0},
+    ),
+    # Transfers
+    Case("a transfer moves money", {"w": 100, "v": 5}, [transfer("w", "v", A, 30)], {"w": 70, "v": 35}),
+    Case("a transfer may take everything", {"w": 100, "v": 0}, [transfer("w", "v", A, 100)], {"w": 0, "v": 100}),
+    Case("a transfer never overdraws", {"w": 100, "v": 0}, [transfer("w", "v", A, 101, "WA402")], {"w": 100, "v": 0}),
+    Case(
+        "money goes around a ring",
+        {"w": 10, "v": 0, "u": 0},
+        [transfer("w", "v", A, 10), transfer("v", "u", B, 10), transfer("u", "w", C, 10)],
+        {"w": 10, "v": 0, "u": 0},
+    ),
+    Case(
+        "what was received can be spent and what was sent cannot",
+        {"w": 10, "v": 0},
+        [withdraw("v", A, 10, "WA402"), transfer("w", "v", B, 10), withdraw("w", C, 1, "WA402"), withdraw("v", D, 10)],
+        {"w": 0, "v": 0},
+    ),
+    Case(
+        "a payee's balance never passes the largest",
+        {"w": 1, "v": MAX},
+        [transfer("w", "v", A, 1, "WA416"), transfer("v", "w", B, MAX - 1), transfer("w", "v", A, 1)],
+        {"w": MAX - 1, "v": 2},
+    ),
+    Case(
+        "the lack of money goes before the payee's range",
+        {"w": 1, "v": MAX},
+        [transfer("w", "v", A, 2, "WA402")],
+        {"w": 1, "v": MAX},
+    ),
+    Case(
+        "a transfer to a missing wallet is not found",
+        {"w": 5},
+        [transfer("w", "nobody", A, 5, "WA404"), transfer("nobody", "w", B, 5, "WA404")],
+        {"w": 5},
+    ),
+    Case(
+        "a missing payee goes before a duplicate and the lack of money",
+        {"w": 0},
+        [deposit("w", A, 5), transfer("w", "nobody", A, 50, "WA404")],
+        {"w": 5},
+    ),
+    Case(
+        "a wallet is never its own counterparty",
+        {"w": 5},
+        [transfer("w", "w", A, 5, "WA400"), transfer("nobody", "nobody", A, 5, "WA400")],
+        {"w": 5},
+    ),
+    Case(
+        "a transfer names its payee",
+        {"w": 5},
+        [transfer("w", None, A, 5, "WA400"), transfer("nobody", None, B, 5, "WA400")],
+        {"w": 5},
+    ),
+    Case(
+        "a payee has a good name",
+        {"w": 5},
+        [transfer("w", "a b", A, 5, "WA400"), transfer("nobody", "w\n", B, 5, "WA400")],
+        {"w": 5},
+    ),
+    Case(
+        "only a transfer has a payee",
+        {"w": 5, "v": 0},
+        [deposit("w", A, 5, "WA400", counterparty="v"), withdraw("w", B, 5, "WA400", counterparty="nobody")],
+        {"w": 5, "v": 0},
+    ),
+    Case(
+        "a repeated transfer changes nothing",
+        {"w": 10, "v": 0},
+        [transfer("w", "v", A, 10), transfer("w", "v", A, 10, "WA409")],
+        {"w": 0, "v": 10},
+    ),
+    Case(
+        "an operation_uuid is one operation whichever wallets it names",
+        {"w": 10, "v": 10, "u": 10},
+        [
+            transfer("w", "v", A, 1),
+            transfer("v", "w", A, 1, "WA409"),
+            deposit("v", A, 1, "WA409"),
+            transfer("w", "u", A, 1, "WA409"),
+            deposit("u", B, 1),
+            transfer("v", "w", B, 1, "WA409"),
+        ],
+        {"w": 9, "v": 11, "u": 11},
+    ),
+    Case(
+        "nobody asks for a RECEIVE", {"w": 5, "v": 5}, [Request("w", A, "RECEIVE", 5, "WA400", "v")], {"w": 5, "v": 5}
+    ),
+    # Currencies
+    Case(
+        "a transfer stays within a currency",
+        {"w": 9, "v": 9, "u": 9, "t": 9},
+        [
+            transfer("w", "v", A, 1),
+            transfer("w", "u", B, 1, "WA422"),
+            transfer("w", "t", C, 1, "WA422"),
+            transfer("t", "w", D, 1, "WA422"),
+        ],
+        {"w": 8, "v": 10, "u": 9, "t": 9},
+        currencies={"w": "EUR", "v": "EUR", "u": "USD"},
+    ),
+    Case(
+        "a wrong currency goes before the lack of money and after a duplicate",
+        {"w": 1, "v": 0},
+        [transfer("w", "v", A, 2, "WA422"), deposit("v", A, 1), transfer("w", "v", A, 2, "WA409")],
+        {"w": 1, "v": 1},
+        currencies={"w": "EUR"},
+    ),
+    # Status
+    Case(
+        "from a frozen wallet nothing leaves",
+        {"w": 5, "v": 5},
+        [
+            withdraw("w", A, 1, "WA403"),
+            transfer("w", "v", B, 1, "WA403"),
+            deposit("w", C, 1),
+            transfer("v", "w", D, 1),
+        ],
+        {"w": 7, "v": 4},
+        statuses={"w": "FROZEN"},
+    ),
+    Case(
+        "with a closed wallet nothing is done",
+        {"w": 0, "v": 5},
+        [
+            deposit("w", A, 1, "WA405"),
+            withdraw("w", A, 1, "WA405"),
+            transfer("w", "v", A, 1, "WA405"),
+            transfer("v", "w", A, 1, "WA405"),
+        ],
+        {"w": 0, "v": 5},
+        statuses={"w": "CLOSED"},
+    ),
+    Case(
+        "of several reasons the first in the table is told",
+        {"w": 0, "v": 0, "u": 0, "t": 0},
+        [
+            transfer("w", "v", A, 1, "WA405"),
+            transfer("w", "u", A, 1, "WA403"),
+            transfer("t", "v", A, 1, "WA405"),
+            deposit("t", A, 1),
+            transfer("w", "v", A, 1, "WA409"),
+            transfer("w", "nobody", A, 1, "WA404"),
+            transfer("w", "v", A, 0, "WA400"),
+        ],
+        {"w": 0, "v": 0, "u": 0, "t": 1},
+        currencies={"u": "EUR", "v": "EUR"},
+        statuses={"w": "FROZEN", "v": "CLOSED"},
+    ),
+    # Metadata
+    Case(
+        "metadata stands with every type",
+        {"w": 5, "v": 0},
+        [
+            deposit("w", A, 1, metadata={"a": 1}),
+            withdraw("w", B, 1, metadata={}),
+            transfer("w", "v", C, 1, metadata={"a": {"b": [None, "\N{MONEY BAG}", 1.5]}}),
+        ],
+        {"w": 4, "v": 1},
+    ),
+    Case("metadata of 2048 octets is good", {"w": 0}, [deposit("w", A, 1, metadata={"a": "x" * 2039})], {"w": 1}),
+    Case(
+        "metadata of 2049 octets is refused",
+        {"w": 0},
+        [deposit("w", A, 1, "WA400", metadata={"a": "x" * 2040})],
+        {"w": 0},
+    ),
+    Case(
+        "metadata counts octets",
+        {"w": 0},
+        [deposit("w", A, 1, "WA400", metadata={"a": "\N{MONEY BAG}" * 510})],
+        {"w": 0},
+    ),
+    Case(
+        "metadata is an object",
+        {"w": 0},
+        [deposit("w", A, 1, "WA400", metadata=["a"]), deposit("nobody", B, 1, "WA400", metadata="a")],
+        {"w": 0},
+    ),
+    # Holds are not there yet
+    Case(
+        "nobody holds money",
+        {"w": 5},
+        [
+            Request("w", A, "HOLD", 5, "WA400"),
+            withdraw("w", B, 5, "WA400", hold=A),
+            deposit("w", C, 5, "WA400", expires_at=datetime(2100, 1, 1, tzinfo=UTC)),
+        ],
+        {"w": 5},
     ),
 ]

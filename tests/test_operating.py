@@ -11,6 +11,7 @@ from uuid import UUID, uuid4
 
 import psycopg
 import pytest
+from psycopg.rows import namedtuple_row
 
 from app.server.embedded import BINARIES, Postgres
 from app.server.migrations import LOGIN, dbmate
@@ -72,10 +73,10 @@ class Books:
     """What a database says of its wallets: balances and operations, which are right."""
 
     def __init__(self, url: str) -> None:
-        with psycopg.connect(url) as connection:
+        with psycopg.connect(url, row_factory=namedtuple_row) as connection:
             connection.execute("set transaction isolation level repeatable read")
             assert connection.execute("select * from wallet.verify()").fetchall() == []
-            self.wallets = connection.execute("select * from wallet.wallet order by uuid").fetchall()
+            self.wallets = connection.execute("select * from wallet.balance order by uuid").fetchall()
             self.operations = connection.execute("select * from wallet.operation order by wallet_uuid, seq").fetchall()
 
 
@@ -208,8 +209,8 @@ def test_a_copy_of_a_server_at_work_holds_all_that_was_answered_before(start: St
     copy = start(tmp_path / "copy")
 
     copied = Books(copy.url())
-    last = {wallet[0]: wallet[3] for wallet in copied.wallets}
-    assert copied.operations == [operation for operation in original.operations if operation[3] <= last[operation[0]]]
-    assert before <= {operation[2] for operation in copied.operations}
+    last = {wallet.uuid: wallet.seq for wallet in copied.wallets}
+    assert copied.operations == [row for row in original.operations if row.seq <= last[row.wallet_uuid]]
+    assert before <= {row.operation_uuid for row in copied.operations}
     copy.deposit("1111111111", 1)
-    assert Books(copy.url()).wallets[0][3] == last["1111111111"] + 1
+    assert Books(copy.url()).wallets[0].seq == last["1111111111"] + 1

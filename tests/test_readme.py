@@ -83,8 +83,8 @@ def test_the_sessions_go_as_shown(start: Start) -> None:
         assert superuser.execute("select * from wallet.verify()").fetchall() == []
 
 
-TOO_MUCH = ('"DEPOSIT", "amount": 500', '"WITHDRAW", "amount": 1501')
-"""What makes of the client's deposit a withdrawal of more than the wallet holds."""
+TOO_MUCH = ('"amount": 500', '"amount": 1501')
+"""What makes of the client's transfer one of more than the wallet holds."""
 
 
 @contextlib.asynccontextmanager
@@ -119,13 +119,14 @@ def test_the_client_that_retries_succeeds_once_whatever_becomes_of_its_connectio
 
     async def through_a_proxy() -> str:
         async with running_client(service, tmp_path, ("time.sleep(1)", "time.sleep(0.01)")) as (proxy, say):
-            cuts = [] if point is None else [proxy.cut_next(b"/operation", point) for _ in range(2)]
+            cuts = [] if point is None else [proxy.cut_next(b"/operations/", point) for _ in range(2)]
             said = await say()
             assert all(cut.done() for cut in cuts)
             return said
 
     assert asyncio.run(through_a_proxy()) == "applied\n"
-    assert service.balance("1111111111") == 2000
+    assert service.balance("1111111111") == 1000
+    assert service.balance("2222222222") == 2000
 
 
 def test_the_client_that_retries_tells_of_a_refusal(start: Start, tmp_path: Path) -> None:
@@ -144,7 +145,7 @@ def test_the_client_that_retries_believes_no_refusal_while_a_lost_attempt_may_be
 
     async def through_a_proxy() -> str:
         async with running_client(service, tmp_path, TOO_MUCH) as (proxy, say):
-            cut = proxy.cut_next(b"/operation", Point.BEFORE_THE_CALL)
+            cut = proxy.cut_next(b"/operations/", Point.BEFORE_THE_CALL)
             saying = asyncio.create_task(say())
             await cut
             await asyncio.sleep(1.5)  # it has been refused meanwhile

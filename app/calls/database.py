@@ -7,6 +7,7 @@ import os
 import random
 import socket
 from collections.abc import AsyncIterator, Iterator
+from datetime import datetime
 from typing import Any, TypeGuard
 from urllib.parse import parse_qs, urlsplit
 from uuid import UUID, uuid4
@@ -15,21 +16,24 @@ import asyncpg
 from aiohttp import web
 from asyncpg.connect_utils import SessionAttribute
 
-from app.calls.records import Operation, Wallet
+from app.calls.records import Balance, Operation, Wallet, as_json, balance_of, operation_of
 from app.calls.refusals import NO_ANSWER, Refusal
 from app.metrics import POOL_IN_USE
 from app.settings import Settings
 
-CONTRACT = 2
+CONTRACT = 3
 """The least wallet.contract_version() that this service works with."""
 
-CREATED_AT = "(to_json(created_at at time zone 'UTC') #>> '{}') || 'Z'"
-"""A time as answers show it. asyncpg knows no year past 9999, and the service only passes it on."""
+OPERATION = as_json(Operation)
+"""The SQL expression of a row of wallet.operation as JSON."""
+_BALANCE = as_json(Balance)
 
 CONNECT_TIMEOUT = 5.0
 """Seconds until an attempt to connect is given up."""
 FIRST_ATTEMPT = 0.5
 """The part of a deadline that a first attempt may take: a connection that goes nowhere leaves time for a second one."""
+LEAD = 0.05
+"""The part of a deadline by which a call is given up before it: room for clock skew."""
 IDLE = 10.0
 """Seconds after which a connection that nobody needs is given back."""
 
@@ -259,7 +263,7 @@ async def readiness(pool: Pool) -> tuple[bool, bool]:
     return writable, migrated
 
 
-async def create_wallet(pool: Pool, wallet_uuid: str | None) -> Wallet:
+async def create_wallet(pool: Pool, wallet_uuid: str | None, currency: str | None) -> Balance:
     """Create a wallet; None for a random name. Raises Refusal: WA400, WA419.
 
     Raises TimeoutError where the wallet exists and an earlier attempt of this call was lost: it may have made it.
@@ -267,39 +271,90 @@ async def create_wallet(pool: Pool, wallet_uuid: str | None) -> Wallet:
     name = wallet_uuid or str(uuid4())
     async with asyncio.timeout(pool.deadline):
         try:
-            return _wallet(await pool.fetch("select id, uuid, balance from wallet.create_wallet($1)", name))
+            return await _create_wallet(pool, name, currency)
         except Refusal as error:
             if error.sqlstate != "WA419" or not error.after_a_lost_attempt:
                 raise
             if wallet_uuid is None:  # the name is ours: an earlier attempt came through
-                return await get_wallet(pool, name)
+                return await get_balance(pool, name)
             raise TimeoutError from None
+
+
+async def put_wallet(pool: Pool, wallet_uuid: str, currency: str | None) -> tuple[Balance, bool]:
+    """Return a wallet, and whether it was created now. Raises Refusal: WA400; WA419 if it has another currency."""
+    async with asyncio.timeout(pool.deadline):
+        try:
+            return await _create_wallet(pool, wallet_uuid, currency), True
+        except Refusal as error:
+            if error.sqlstate != "WA419":
+                raise
+            existing = await get_balance(pool, wallet_uuid)
+            if existing.currency != currency:
+                raise
+            return existing, False
+
+
+async def _create_wallet(pool: Pool, name: str, currency: str | None) -> Balance:
+    query = f"select {_BALANCE} from wallet.create_wallet($1, $2, $3)"
+    return _balance(await pool.fetch(query, name, currency, await _last_moment(pool)))
+
+
+async def set_status(pool: Pool, wallet_uuid: str, status: str) -> Balance:
+    """Give a wallet a status. Raises Refusal: WA400, WA404, WA417."""
+    query = f"select {_BALANCE} from wallet.set_status($1, $2, $3)"
+    async with asyncio.timeout(pool.deadline):
+        return _balance(await pool.fetch(query, wallet_uuid, status, await _last_moment(pool)))
+
+
+async def _last_moment(pool: Pool) -> datetime:
+    """Return when a request that begins now is too late to change anything, by the database's clock."""
+    rows = await pool.fetch("select clock_timestamp() + $1 * interval '1 s'", (1 - LEAD) * pool.deadline)
+    moment: datetime = rows[0][0]
+    return moment
 
 
 async def get_wallet(pool: Pool, wallet_uuid: str) -> Wallet:
     """Return a wallet. Raises Refusal: WA400, WA404."""
-    return _wallet(await pool.fetch("select id, uuid, balance from wallet.get_wallet($1)", wallet_uuid))
+    rows = await pool.fetch("select id, uuid, balance from wallet.get_wallet($1)", wallet_uuid)
+    return Wallet(*rows[0].values())
+
+
+async def get_balance(pool: Pool, wallet_uuid: str, at: datetime | None = None) -> Balance:
+    """Return the row of wallet.balance, now or as of a moment. Raises Refusal: WA400, WA404."""
+    return _balance(await pool.fetch(f"select {_BALANCE} from wallet.get_wallet($1, $2)", wallet_uuid, at))
+
+
+async def list_wallets(pool: Pool, after: str | None, limit: int) -> tuple[list[Balance], bool]:
+    """Return wallets by name, after a name, and whether there are more."""
+    query = f"select {_BALANCE} from wallet.list_wallets($1, $2)"
+    async with asyncio.timeout(pool.deadline):
+        wallets = [balance_of(row[0]) for row in await pool.fetch(query, after, limit)]
+        return wallets, len(wallets) == limit and bool(await pool.fetch(query, wallets[-1].uuid, 1))
 
 
 async def get_operation(pool: Pool, wallet_uuid: str, operation_uuid: UUID) -> Operation:
     """Return an operation of a wallet. Raises Refusal: WA400, WA404, WA414."""
-    query = f"select {_OPERATION} from wallet.get_operation($1, $2)"
+    query = f"select {OPERATION} from wallet.get_operation($1, $2)"
     rows = await pool.fetch(query, wallet_uuid, operation_uuid)
-    return _operation(rows[0])
+    return operation_of(rows[0][0])
 
 
-async def list_operations(pool: Pool, wallet_uuid: str, before: int | None, limit: int) -> list[Operation]:
-    """Return a wallet's operations with a seq below `before`, newest first. Raises Refusal: WA400, WA404."""
-    query = f"select {_OPERATION} from wallet.list_operations($1, $2, $3)"
-    return [_operation(row) for row in await pool.fetch(query, wallet_uuid, before, limit)]
+async def list_operations(
+    pool: Pool, wallet_uuid: str, before: int | None, limit: int, start: datetime | None, end: datetime | None
+) -> tuple[list[Operation], bool]:
+    """Return a wallet's operations with a seq below `before`, newest first, and whether there are more.
+
+    `start` is included, `end` is not. Raises Refusal: WA400, WA404.
+    """
+    query = f"select {OPERATION} from wallet.list_operations($1, $2, $3, $4, $5)"
+    async with asyncio.timeout(pool.deadline):
+        rows = await pool.fetch(query, wallet_uuid, before, limit, start, end)
+        operations = [operation_of(row[0]) for row in rows]
+        more = len(operations) == limit and operations[-1].seq > 1
+        if more and start is not None:
+            more = bool(await pool.fetch(query, wallet_uuid, operations[-1].seq, 1, start, end))
+        return operations, more
 
 
-_OPERATION = ", ".join(CREATED_AT if name == "created_at" else name for name in Operation.__struct_fields__)
-
-
-def _wallet(rows: list[asyncpg.Record]) -> Wallet:
-    return Wallet(*rows[0].values())
-
-
-def _operation(row: asyncpg.Record) -> Operation:
-    return Operation(*row.values())
+def _balance(rows: list[asyncpg.Record]) -> Balance:
+    return balance_of(rows[0][0])

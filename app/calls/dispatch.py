@@ -1,8 +1,8 @@
-"""Which lane a request goes on, and what becomes of one whose wallet is in trouble."""
+"""Which lane a request goes on, and what becomes of one whose wallets are in trouble."""
 
 import asyncio
 from collections import defaultdict
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from itertools import islice
 
 from aiohttp import web
@@ -10,6 +10,8 @@ from aiohttp import web
 from app.calls.database import IDLE, SETTINGS
 from app.calls.lane import BULK_BATCH, HEADROOM, Lane, Siding
 from app.calls.line import Line, Outcome, Request, refused
+from app.calls.refusals import Overloaded
+from app.calls.trouble import Trouble
 
 BULK_LINES = 2
 """Connections for bulk requests in each worker."""
@@ -20,13 +22,14 @@ BULK_PATIENCE = 2
 SIDING_PATIENCE = 2.5
 """Times that a call of the siding waits for a lock as long as others do: a wallet may be in the hands of long calls."""
 SIDING_SHARE = 100
-"""Wallets for which one bulk request may wait on the siding; what it wants of more is not applied at once."""
+"""Parts, with no wallet in common, in which a bulk request may wait on the siding; the rest is not applied at once."""
 BULK_HEADROOM = 2 * HEADROOM
 """The part of a deadline that bulk requests have before them: their calls wait longer for locks."""
 
 LANES = web.AppKey("lanes", list[Lane])
 BULK = web.AppKey("bulk", Lane)
 SIDING = web.AppKey("siding", Siding)
+TROUBLE = web.AppKey("trouble", Trouble)
 
 
 def admit_bulk(app: web.Application) -> None:
@@ -38,27 +41,44 @@ async def apply_one(app: web.Application, request: Request) -> Outcome:
     """Apply a request on its wallet's lane. Raises Overloaded, and TimeoutError if the outcome is unknown."""
     lanes = app[LANES]
     lane = lanes[hash(request.wallet_uuid) % len(lanes)]
-    if app[SIDING].wallets:
+    if app[TROUBLE].wallets:
         [outcome] = await _apply(app, lane, [request])
         return outcome
     began = lane.now()
     [outcome] = await lane.apply([request])
-    if not outcome.is_ours():
+    if outcome.is_locked():
         [outcome] = await _settle(app, [request], [outcome], began)
     return outcome
 
 
-async def apply_all(app: web.Application, requests: Sequence[Request]) -> list[Outcome]:
+async def apply_all(app: web.Application, requests: Sequence[Request], *, atomic: bool = False) -> list[Outcome]:
     """Apply the requests of a bulk request. Raises Overloaded, and TimeoutError if the outcomes are unknown."""
-    return await _apply(app, app[BULK], requests) if requests else []
+    if not requests:
+        return []
+    return await (_apply_atomic(app, requests) if atomic else _apply(app, app[BULK], requests))
+
+
+async def _apply_atomic(app: web.Application, requests: Sequence[Request]) -> list[Outcome]:
+    """Apply all of a bulk request's requests or none, on the siding if any of their wallets is in trouble."""
+    bulk, trouble = app[BULK], app[TROUBLE]
+    until = bulk.now() + app[SETTINGS].request_deadline
+    outcomes = None
+    if not trouble.wallets or not any(map(trouble.meets, requests)):
+        outcomes = await bulk.apply(requests, atomic=True)
+    try:
+        return await app[SIDING].apply_atomic(requests, until, outcomes)
+    except Overloaded:
+        if outcomes is None:
+            raise
+        return outcomes
 
 
 async def _apply(app: web.Application, lane: Lane, requests: Sequence[Request]) -> list[Outcome]:
     """Apply requests on a lane, but for those for wallets in trouble."""
     began = lane.now()
-    wallets = app[SIDING].wallets
+    trouble = app[TROUBLE]
     outcomes = [refused("55P03")] * len(requests)
-    free = [number for number, request in enumerate(requests) if request.wallet_uuid not in wallets]
+    free = [number for number, request in enumerate(requests) if not trouble.meets(request)]
     if free:
         for number, outcome in zip(free, await lane.apply([requests[number] for number in free]), strict=True):
             outcomes[number] = outcome
@@ -68,38 +88,53 @@ async def _apply(app: web.Application, lane: Lane, requests: Sequence[Request]) 
 async def _settle(
     app: web.Application, requests: Sequence[Request], outcomes: list[Outcome], began: float
 ) -> list[Outcome]:
-    """Note which wallets are in trouble, and try on the siding what waits for locked ones.
+    """Try on the siding what waits for locked wallets.
 
     `began`: when the client asked, on the loop's clock. Raises TimeoutError if an outcome is unknown.
     """
     siding = app[SIDING]
     until = began + app[SETTINGS].request_deadline
-    locked: dict[str, list[int]] = defaultdict(list)
-    for number, outcome in enumerate(outcomes):
-        if not outcome.is_ours():
-            wallet = requests[number].wallet_uuid
-            siding.note(wallet, [outcome])
-            if outcome.sqlstate == "55P03":
-                locked[wallet].append(number)
-    waiting = list(islice(locked.values(), SIDING_SHARE))
-    if waiting:
-        apart = (siding.apply_apart([requests[number] for number in some], until) for some in waiting)
-        for some, found in zip(waiting, await asyncio.gather(*apart), strict=True):
-            for number, outcome in zip(some, found, strict=True):
+    locked = [number for number, outcome in enumerate(outcomes) if outcome.is_locked()]
+    parts = list(islice(_apart(requests, locked), SIDING_SHARE))
+    if parts:
+        apart = (siding.apply_apart([requests[number] for number in part], until) for part in parts)
+        for part, found in zip(parts, await asyncio.gather(*apart), strict=True):
+            for number, outcome in zip(part, found, strict=True):
                 outcomes[number] = outcome
     return outcomes
+
+
+def _apart(requests: Sequence[Request], numbers: Sequence[int]) -> Iterable[list[int]]:
+    """Return the numbers of requests in parts that have no wallet in common, each in order."""
+    leads: dict[str, str] = {}
+
+    def part_of(wallet: str) -> str:
+        while (lead := leads.setdefault(wallet, wallet)) != wallet:
+            leads[wallet] = wallet = leads.get(lead, lead)
+        return wallet
+
+    for number in numbers:
+        wallet, *others = requests[number].wallets()
+        for other in others:
+            leads[part_of(other)] = part_of(wallet)
+    parts: dict[str, list[int]] = defaultdict(list)
+    for number in numbers:
+        parts[part_of(requests[number].wallet_uuid)].append(number)
+    return parts.values()
 
 
 async def keep_lanes(app: web.Application) -> AsyncIterator[None]:
     """Run the lanes while the app runs. They end after the last handler has its answer."""
     settings = app[SETTINGS]
     deadline = settings.request_deadline
-    lanes = [Lane(str(number), settings.lane_batch, settings.lane_queue, deadline) for number in range(settings.lanes)]
-    bulk = Lane("bulk", BULK_BATCH, settings.bulk_queue, deadline, BULK_HEADROOM)
-    siding = Siding(settings.lane_queue, deadline)
-    for lane in (*lanes, bulk):
-        lane.trouble = siding.wallets
-    app[LANES], app[BULK], app[SIDING] = lanes, bulk, siding
+    trouble = Trouble()
+    lanes = [
+        Lane(str(number), settings.lane_batch, settings.lane_queue, deadline, trouble)
+        for number in range(settings.lanes)
+    ]
+    bulk = Lane("bulk", BULK_BATCH, settings.bulk_queue, deadline, trouble, BULK_HEADROOM)
+    siding = Siding(settings.lane_queue, deadline, trouble)
+    app[LANES], app[BULK], app[SIDING], app[TROUBLE] = lanes, bulk, siding, trouble
     kept = [(lane, Line(settings)) for lane in lanes]
     lent = [(bulk, Line(settings, BULK_PATIENCE)) for _ in range(BULK_LINES)]
     lent += [(siding, Line(settings, SIDING_PATIENCE)) for _ in range(SIDING_LINES)]

@@ -1,17 +1,19 @@
 """The hot lane: requests for one wallet share a call instead of queueing for its row lock one commit at a time.
 
-A wallet always uses the same lane of a process. A lane has one call in flight; what arrives meanwhile waits, and all
-of it goes in the next call, one commit for all. An idle lane sends at once. The queue is bounded, and so is the time
-that a request takes: at its deadline it is answered 503, whatever the lane is doing. Its call was given up before that,
-and the database looks at the clock itself: a call that comes too late is taken back, and one that is in time holds its
-locks until it is committed. So what is refused after a 503 is not applied later by the call that was given up.
+A wallet always uses the same lane of a process, a transfer that of its payer. A lane has one call in flight; what
+arrives meanwhile waits, and all of it goes in the next call, one commit for all. An idle lane sends at once. The queue
+is bounded, and so is the time that a request takes: at its deadline it is answered 503, whatever the lane is doing. Its
+call was given up before that, and the database looks at the clock itself: a call that comes too late is taken back, and
+one that is in time holds its locks until it is committed. So what is refused after a 503 is not applied later by the
+call that was given up.
 
 Bulk requests have a lane of their own, which may have a few calls in flight: while one is under way, another is sent
-once it carries as much, or after a moment.
+once it carries as much, or after a moment. An atomic one goes alone.
 
 A wallet that somebody keeps locked delays the call that meets it by a lock_timeout, and one to which the database
 refuses something has its call made again in parts. From then on its requests wait on the siding, and one of them at a
-time is tried in a call apart from the lanes, until that has had an outcome of ours.
+time is tried in a call apart from the lanes, until that has had an outcome of ours. A transfer goes there if either of
+its wallets is in trouble.
 """
 
 import asyncio
@@ -19,14 +21,16 @@ import contextlib
 import logging
 from bisect import insort
 from collections import deque
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from operator import attrgetter
 from typing import NamedTuple
 
-from app.calls.line import LEAD, Line, Outcome, Request, refused
+from app.calls.database import LEAD
+from app.calls.line import Line, Outcome, Request, refused
 from app.calls.refusals import Overloaded
-from app.metrics import LANE_WAITING, WALLETS_APART
+from app.calls.trouble import Trouble
+from app.metrics import LANE_WAITING
 
 BULK_BATCH = 4096
 """Operations in a call that several bulk requests share, at most. A larger request goes by itself."""
@@ -39,8 +43,6 @@ With less, after an outage as long as the deadline, the oldest request of each c
 """
 SIDING_HEADROOM = 3 * HEADROOM
 """The same for the siding, whose calls wait longer for locks."""
-SIDING_WALLETS = 10_000
-"""Wallets that are known to be in trouble, at most."""
 GAUGE_INTERVAL = 0.5
 """Seconds after an arrival until the requests that wait are counted."""
 
@@ -48,11 +50,18 @@ _log = logging.getLogger("wallet")
 
 
 class Waiting(NamedTuple):
-    """Requests of one client, the future of their outcomes, and their deadline (on the loop's clock)."""
+    """Requests of one client, the future of their outcomes, and their deadline (on the loop's clock).
+
+    `atomic`: all or none of them are to be applied. On the siding, `wallets` are those that they change, and
+    `tried` is when they were tried last (0: not yet).
+    """
 
     requests: Sequence[Request]
     outcomes: asyncio.Future[list[Outcome]]
     until: float
+    atomic: bool = False
+    wallets: frozenset[str] = frozenset()
+    tried: float = 0
 
 
 _until = attrgetter("until")
@@ -62,17 +71,23 @@ def _size(waiting: Iterable[Waiting]) -> int:
     return sum(len(each.requests) for each in waiting)
 
 
+def _names_culprits(sent: Sequence[Waiting], outcomes: Iterable[Outcome]) -> bool:
+    """Tell whether outcomes say which requests failed: an atomic one may be refused as a whole, at its commit."""
+    return not sent[0].atomic or any(outcome.is_ours() or outcome.is_locked() for outcome in outcomes)
+
+
 class Lane:
     """A queue of requests and the lines that send them: all that wait in one call, one call at a time on each line."""
 
-    def __init__(self, name: str, batch: int, limit: int, deadline: float, headroom: float = HEADROOM) -> None:
+    def __init__(
+        self, name: str, batch: int, limit: int, deadline: float, trouble: Trouble, headroom: float = HEADROOM
+    ) -> None:
         self._gauge = LANE_WAITING.labels(name)
         self._batch = batch
         self._limit = limit
         self._deadline = deadline
         self._headroom = headroom * deadline
-        self.trouble: Set[str] = frozenset()
-        """Wallets whose single requests don't go on this lane; those that wait already are answered 55P03."""
+        self._trouble = trouble
         self._waiting: deque[Waiting] = deque()
         self._sent: dict[Line, list[Waiting]] = {}
         self._late: list[Waiting] = []
@@ -81,13 +96,13 @@ class Lane:
         self._timer: asyncio.TimerHandle | None = None
         self._counting = False
 
-    def apply(self, requests: Sequence[Request]) -> asyncio.Future[list[Outcome]]:
+    def apply(self, requests: Sequence[Request], *, atomic: bool = False) -> asyncio.Future[list[Outcome]]:
         """Queue requests and return the future of their outcomes, in order, or of a TimeoutError at their deadline.
 
-        They go in one call. Raises Overloaded if too many clients wait already.
+        They go in one call, and `atomic` ones share it with nobody. Raises Overloaded if too many clients wait already.
         """
         self._admit()
-        waiting = Waiting(requests, self._loop.create_future(), self._loop.time() + self._deadline)
+        waiting = Waiting(requests, self._loop.create_future(), self._loop.time() + self._deadline, atomic)
         self._waiting.append(waiting)
         if self._timer is None:
             self._timer = self._loop.call_at(waiting.until, self._watch)
@@ -150,17 +165,22 @@ class Lane:
         return min(self._batch, max(map(_size, self._sent.values()), default=0))
 
     def _take(self) -> list[Waiting]:
+        """Take what is to go in the next call; single requests for wallets in trouble are answered 55P03."""
         taken: list[Waiting] = []
         room = self._batch
         while self._waiting and (room >= len(self._waiting[0].requests) or not taken):
+            if taken and self._waiting[0].atomic:
+                break
             waiting = self._waiting.popleft()
             if waiting.outcomes.done():  # it was given up before it was sent
                 continue
-            if self.trouble and len(waiting.requests) == 1 and waiting.requests[0].wallet_uuid in self.trouble:
+            if self._trouble.wallets and len(waiting.requests) == 1 and self._trouble.meets(waiting.requests[0]):
                 waiting.outcomes.set_result([refused("55P03")])
                 continue
             taken.append(waiting)
             room -= len(waiting.requests)
+            if waiting.atomic:
+                break
         self._gauge.set(len(self._waiting))
         return self._with_headroom(taken)
 
@@ -179,7 +199,8 @@ class Lane:
         while sent := self._sent[line]:
             requests = [request for waiting in sent for request in waiting.requests]
             try:
-                found = await line.apply(requests, sent[0].until - LEAD * self._deadline, again=again)
+                last = sent[0].until - LEAD * self._deadline
+                found = await line.apply(requests, last, again=again, atomic=sent[0].atomic)
             except TimeoutError:
                 again = True
                 self._sent[line] = self._with_headroom(sent)
@@ -189,6 +210,8 @@ class Lane:
                 self._sent[line] = []
             else:
                 good = all(outcome.is_ours() for outcome in found)
+                if (self._trouble.wallets or not good) and _names_culprits(sent, found):
+                    self._trouble.note(requests, found)
                 outcomes = iter(found)
                 for waiting in sent:
                     own = list(islice(outcomes, len(waiting.requests)))
@@ -220,68 +243,91 @@ class Lane:
 class Siding(Lane):
     """Requests for wallets that are in trouble: a single client's for each such wallet in one call.
 
-    Somebody keeps the wallet locked, or the database refuses it something: a call with such a request costs its fellows
-    some time.
+    A call with such a request costs its fellows some time. Those that were tried go behind those that were not: a
+    transfer that waits for a locked wallet must not keep its other wallet from showing that it is free.
     """
 
-    def __init__(self, limit: int, deadline: float) -> None:
-        super().__init__("siding", BULK_BATCH, limit, deadline, SIDING_HEADROOM)
-        self.wallets: set[str] = set()
-        """The wallets in trouble, until a request for them has had an outcome of ours."""
-
-    def note(self, wallet: str, outcomes: Iterable[Outcome]) -> None:
-        """Note how a wallet fares."""
-        if any(outcome.is_ours() for outcome in outcomes):
-            self.wallets.discard(wallet)
-        elif len(self.wallets) < SIDING_WALLETS:
-            self.wallets.add(wallet)
-        WALLETS_APART.set(len(self.wallets))
+    def __init__(self, limit: int, deadline: float, trouble: Trouble) -> None:
+        super().__init__("siding", BULK_BATCH, limit, deadline, trouble, SIDING_HEADROOM)
 
     async def apply_apart(self, requests: Sequence[Request], until: float) -> list[Outcome]:
-        """Apply requests for one wallet, trying again while it is locked, and return their outcomes in order.
+        """Apply a client's requests, trying again what is locked, and return their outcomes in order.
 
         Those of what stayed locked up to the deadline (on the loop's clock) are 55P03. Raises TimeoutError if the
         outcome is unknown at the deadline.
         """
         outcomes = [refused("55P03")] * len(requests)
+        tried = 0.0
         with contextlib.suppress(Overloaded):  # what may not wait is not applied either
-            while locked := [number for number, outcome in enumerate(outcomes) if outcome.sqlstate == "55P03"]:
+            while locked := [number for number, outcome in enumerate(outcomes) if outcome.is_locked()]:
                 if self._loop.time() >= until - self._headroom:
                     break
-                found = await self._queue([requests[number] for number in locked], until)
-                self.note(requests[0].wallet_uuid, found)
+                found = await self._queue([requests[number] for number in locked], until, tried)
+                tried = self._loop.time()
                 for number, outcome in zip(locked, found, strict=True):
                     outcomes[number] = outcome
         return outcomes
 
-    def _queue(self, requests: Sequence[Request], until: float) -> asyncio.Future[list[Outcome]]:
+    async def apply_atomic(
+        self, requests: Sequence[Request], until: float, outcomes: list[Outcome] | None
+    ) -> list[Outcome]:
+        """Apply an atomic request, trying again while any of its wallets is locked; `outcomes` of an attempt before.
+
+        If it was not tried up to the deadline, each of its requests is 55P03. Raises TimeoutError if the outcome is
+        unknown at the deadline, and Overloaded.
+        """
+        outcomes = outcomes or [refused("55P03")] * len(requests)
+        tried = 0.0
+        while any(map(Outcome.is_locked, outcomes)):
+            if self._loop.time() >= until - self._headroom:
+                break
+            outcomes = await self._queue(requests, until, tried, atomic=True) or outcomes
+            tried = self._loop.time()
+        return outcomes
+
+    def _queue(
+        self, requests: Sequence[Request], until: float, tried: float, *, atomic: bool = False
+    ) -> asyncio.Future[list[Outcome]]:
         """Queue requests in the order of their deadlines."""
         self._admit()
-        waiting = Waiting(requests, self._loop.create_future(), until)
+        wallets = frozenset(wallet for request in requests for wallet in request.wallets())
+        waiting = Waiting(requests, self._loop.create_future(), until, atomic, wallets, tried)
         insort(self._waiting, waiting, key=_until)
         self.close()
         self._watch()
         return waiting.outcomes
 
+    def _turn(self, waiting: Waiting) -> tuple[bool, float, bool]:
+        """Return the order in which they are tried: first what needs no wallet in trouble any more."""
+        return not self._trouble.wallets.isdisjoint(waiting.wallets), waiting.tried, waiting.atomic
+
     def _take(self) -> list[Waiting]:
-        """Take what is to go in the next call; answer those that have no time for another one and were not applied."""
+        """Take what is to go in the next call; answer those that have no time for another one and were not applied.
+
+        Those are 55P03 each; an atomic request, which is tried as a whole, has no outcomes then.
+        """
         taken: list[Waiting] = []
         left: list[Waiting] = []
-        tried: set[str] = set()
+        met: set[str] = set()
         room = self._batch
         least = self._loop.time() + self._headroom
-        for waiting in self._waiting:
-            wallet = waiting.requests[0].wallet_uuid
+        for waiting in sorted(self._waiting, key=self._turn):
             if waiting.outcomes.done():
                 continue
             if waiting.until <= least:
-                waiting.outcomes.set_result([refused("55P03")] * len(waiting.requests))
-            elif (wallet in tried and wallet in self.wallets) or (taken and len(waiting.requests) > room):
+                untried = [] if waiting.atomic else [refused("55P03")] * len(waiting.requests)
+                waiting.outcomes.set_result(untried)
+            elif taken and (
+                waiting.atomic
+                or taken[0].atomic
+                or len(waiting.requests) > room
+                or not met.isdisjoint(waiting.wallets & self._trouble.wallets)
+            ):
                 left.append(waiting)
             else:
                 taken.append(waiting)
-                tried.add(wallet)
+                met |= waiting.wallets
                 room -= len(waiting.requests)
-        self._waiting = deque(left)
+        self._waiting = deque(sorted(left, key=_until))
         self._gauge.set(len(left))
-        return taken
+        return sorted(taken, key=_until)

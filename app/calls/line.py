@@ -11,8 +11,17 @@ from uuid import UUID
 
 import asyncpg
 
-from app.calls.database import CREATED_AT, FIRST_ATTEMPT, connect, is_passing, nothing_changed, pauses, session_survives
-from app.calls.records import Operation
+from app.calls.database import (
+    FIRST_ATTEMPT,
+    LEAD,
+    OPERATION,
+    connect,
+    is_passing,
+    nothing_changed,
+    pauses,
+    session_survives,
+)
+from app.calls.records import Operation, operation_of
 from app.calls.refusals import LOCKED, NO_ANSWER, NO_SUCCESS, REFUSED, Refusal, code_of
 from app.metrics import BATCH_SIZE, CALLS_IN_FLIGHT, OPERATIONS, RESENDS
 from app.settings import Settings
@@ -25,77 +34,90 @@ LEAST_ATTEMPT = 0.2
 """The part of a deadline that every attempt may take, if there is so much: it has to wait for locks, too."""
 CLOCK_AGE = 5.0
 """Seconds after which the database's clock is read again."""
-LEAD = 0.05
-"""The part of a deadline by which a call is given up before it: room for clock skew."""
-
-_IN_TIME = "case when clock_timestamp() < $5 then true else wallet.raise_too_late() end"
-"""$5 is the call's last moment by the database's clock. A filter of a function's rows is evaluated when it has run."""
+_DECIDED = "sqlstate, message, same_request, balance_after, held_after, seq"
+_APPLIED = "null, null, null, balance_after, held_after, seq"
 
 _APPLY = f"""
-select
-  sqlstate, message, balance_after, seq,
-  case when sqlstate is not null then operation_type end,
-  case when sqlstate is not null then amount end,
-  case when sqlstate is not null then {CREATED_AT} end
-from wallet.apply_operations($1::text::text[], $2, $3::text::text[], $4)
-where {_IN_TIME}
+select {_DECIDED}, case when sqlstate is not null and seq is not null then {OPERATION} end
+from wallet.apply_operations($1::text::text[], $2, $3::text::text[], $4, p_not_after => $5)
 """
 
 _APPLY_ONE = f"""
-select null, null, balance_after, seq, null, null, null
-from wallet.apply_operation($1, $2, $3, $4)
-where {_IN_TIME}
+select {_APPLIED}, null
+from wallet.apply_operation($1, $2, $3, $4, p_not_after => $5)
+"""
+
+_APPLY_WHOLE = f"""
+select {_DECIDED}, case when seq is not null then {OPERATION} end
+from wallet.apply_operations(
+  $1::text::text[], $2, $3::text::text[], $4, $5::text::text[],
+  p_metadata => $6::text[]::jsonb[], p_atomic => $7, p_not_after => $8
+)
+"""
+
+_APPLY_ONE_WHOLE = f"""
+select {_APPLIED}, {OPERATION}
+from wallet.apply_operation($1, $2, $3, $4, $5, p_metadata => $6::text::jsonb, p_not_after => $7)
 """
 
 _log = logging.getLogger("wallet")
 
 
 class Request(NamedTuple):
-    """One operation to apply. `amount` is in minor units."""
+    """One operation to apply. `amount` is in minor units, `metadata` is the text of a JSON value.
+
+    `whole`: the outcome has the operation, also where it is applied.
+    """
 
     wallet_uuid: str
     operation_uuid: UUID
     operation_type: str
     amount: int
+    counterparty_uuid: str | None = None
+    metadata: str | None = None
+    whole: bool = False
+
+    def wallets(self) -> tuple[str, ...]:
+        """Return the wallets that it changes."""
+        if self.counterparty_uuid is None:
+            return (self.wallet_uuid,)
+        return self.wallet_uuid, self.counterparty_uuid
+
+    def is_plain(self) -> bool:
+        """Tell whether it needs only what every operation has."""
+        return self.counterparty_uuid is None and self.metadata is None and not self.whole
 
 
 class Outcome(NamedTuple):
     """What came of a request: a row of wallet.apply_operations.
 
-    `sqlstate` and `message` are None for an applied one. A duplicate carries the recorded operation if it belongs to
-    the same wallet; otherwise the rest is None.
+    `sqlstate` and `message` are None for an applied one. A duplicate carries the recorded operation, as JSON, if it
+    belongs to the same wallet, and whether that is the very same request; otherwise the rest is None.
     """
 
     sqlstate: str | None
     message: str | None
+    same_request: bool | None
     balance_after: int
+    held_after: int
     seq: int
-    operation_type: str
-    amount: int
-    created_at: str | None
+    operation: str | None
 
     def is_ours(self) -> bool:
         """Tell whether it was applied, or refused by the rules of the contract: by no lock and no error of another."""
         return self.sqlstate is None or self.sqlstate.startswith("WA")
 
-    def is_repeat_of(self, request: Request) -> bool:
-        """Tell whether this is a duplicate whose record is the very same request."""
-        same = (self.operation_type, self.amount) == (request.operation_type, request.amount)
-        return self.sqlstate == "WA409" and same
+    def is_locked(self) -> bool:
+        """Tell whether it waited for a wallet in vain."""
+        return self.sqlstate == "55P03"
 
-    def recorded(self, request: Request) -> Operation | None:
-        """Return the operation on record for a duplicate of the same wallet."""
-        if self.seq is None or self.created_at is None:
-            return None
-        return Operation(
-            request.operation_uuid,
-            request.wallet_uuid,
-            str(self.operation_type),
-            int(self.amount or 0),
-            int(self.balance_after or 0),
-            self.seq,
-            self.created_at,
-        )
+    def is_repeat(self) -> bool:
+        """Tell whether this is a duplicate whose record is the very same request."""
+        return self.sqlstate == "WA409" and self.same_request is True
+
+    def recorded(self) -> Operation | None:
+        """Return the operation, if the outcome has it."""
+        return None if self.operation is None else operation_of(self.operation)
 
 
 class Line:
@@ -120,12 +142,14 @@ class Line:
         self._clock: datetime | None = None
         self._clock_read = 0.0
 
-    async def apply(self, requests: Sequence[Request], last: float, *, again: bool = False) -> list[Outcome]:
+    async def apply(
+        self, requests: Sequence[Request], last: float, *, again: bool = False, atomic: bool = False
+    ) -> list[Outcome]:
         """Apply requests in one call and return their outcomes, in order, once they are committed.
 
         Tries until the database gives a definite answer. Raises TimeoutError at the last moment, on the loop's clock:
         the outcome is then unknown, which may be found out a LEAD later. `again`: the requests were in a call that
-        was given up, just before.
+        was given up, just before. `atomic`: all of them or none.
         """
         if not again:
             self._lost = False
@@ -133,8 +157,9 @@ class Line:
         CALLS_IN_FLIGHT.inc()
         try:
             async with asyncio.timeout_at(last):
-                outcomes = await self._apply(requests, last, set())
+                outcomes = await self._apply(requests, last, set(), atomic)
         except TimeoutError:
+            self._lost = True  # a part of the call may have been applied
             await self._end_abandoned()
             raise
         finally:
@@ -144,7 +169,9 @@ class Line:
         count(requests, outcomes)
         return outcomes
 
-    async def _apply(self, requests: Sequence[Request], last: float, own: set[UUID]) -> list[Outcome]:
+    async def _apply(
+        self, requests: Sequence[Request], last: float, own: set[UUID], atomic: bool = False
+    ) -> list[Outcome]:
         """Make a call until it has an answer. What is refused as a whole is refused to some request of it: to which?
 
         `own`: the operations that earlier parts of the same call have applied, if it is made in parts.
@@ -160,15 +187,15 @@ class Line:
                     clock = await self._prepare()
                     called = True
                     last_there = clock + timedelta(seconds=limit - self._clock_read)
-                    outcomes = await self._call(requests, limit, last_there)
-                return _recognise(requests, outcomes, own) if self._lost else outcomes
+                    outcomes = await self._call(requests, limit, last_there, atomic)
+                return _recognise(requests, outcomes, own, atomic) if self._lost else outcomes
             except (asyncpg.PostgresError, *NO_ANSWER) as error:
                 sqlstate = getattr(error, "sqlstate", None) or "22000"
                 told = f"SQLSTATE {sqlstate}: {error}" if nothing_changed(error) else type(error).__name__
                 _log.warning("a call failed and is made again: %s", told, extra={"sqlstate": sqlstate})
                 self._clock = None  # if it was too late, then by a clock that has been set: read it again
-                if called and not self._lost and not is_passing(error):
-                    if len(requests) > 1:
+                if called and not is_passing(error):
+                    if len(requests) > 1 and not atomic:
                         half = len(requests) // 2
                         first = await self._apply(requests[:half], last, own)
                         own.update(
@@ -176,7 +203,7 @@ class Line:
                         )
                         return [*first, *await self._apply(requests[half:], last, own)]
                     if sqlstate == objection:
-                        return [refused(sqlstate)]
+                        return [refused(sqlstate)] * len(requests)
                     objection = sqlstate
             RESENDS.inc()
             limit = last
@@ -195,20 +222,30 @@ class Line:
             self._connection.terminate()
             self._connection = None
 
-    async def _call(self, requests: Sequence[Request], last: float, last_there: datetime) -> list[Outcome]:
+    async def _call(
+        self, requests: Sequence[Request], last: float, last_there: datetime, atomic: bool
+    ) -> list[Outcome]:
         try:
             if len(requests) == 1:  # the shorter way for a lone client
+                [request] = requests
+                query, arguments = (_APPLY_ONE, request[:4]) if request.is_plain() else (_APPLY_ONE_WHOLE, request[:6])
                 try:
-                    return [Outcome._make(await self._connection.fetchrow(_APPLY_ONE, *requests[0], last_there))]
+                    return [Outcome._make(await self._connection.fetchrow(query, *arguments, last_there))]
                 except asyncpg.LockNotAvailableError:
                     return [refused("55P03")]
                 except asyncpg.PostgresError as error:
                     if not isinstance(error, Refusal) and is_passing(error):
                         raise
                     # the array function explains it
-            wallets, operations, types, amounts = zip(*requests, strict=True)
-            arguments = (_literal(wallets), operations, _literal(types), amounts)
-            return [Outcome._make(row) for row in await self._connection.fetch(_APPLY, *arguments, last_there)]
+            wallets, operations, types, amounts, counterparties, metadata, whole = zip(*requests, strict=True)
+            query = _APPLY
+            columns: list[object] = [_literal(wallets), operations, _literal(types), amounts]
+            plain = not (any(counterparties) or any(metadata) or any(whole))
+            if atomic or not plain:
+                query = _APPLY_WHOLE
+                columns += [None, None] if plain else [_literal_or_null(counterparties), metadata]
+                columns.append(atomic)
+            return [Outcome._make(row) for row in await self._connection.fetch(query, *columns, last_there)]
         except BaseException as error:
             if not session_survives(error):
                 if not nothing_changed(error):  # it ended, perhaps between the commit and the answer
@@ -282,6 +319,14 @@ def _literal(values: Sequence[str]) -> str:
     return '{"' + escaped.replace("\0", '","') + '"}'
 
 
+def _literal_or_null(values: Sequence[str | None]) -> str:
+    """Return the same of an array with nulls."""
+    present = [value for value in values if value is not None]
+    if len(present) == len(values):
+        return _literal(present)
+    return "{" + ",".join("null" if value is None else _literal([value])[1:-1] for value in values) + "}"
+
+
 def refused(sqlstate: str) -> Outcome:
     """Return the outcome of a request that was not applied: its wallet is locked, or the database refused it."""
     return Outcome._make((sqlstate, LOCKED if sqlstate == "55P03" else REFUSED, *[None] * 5))
@@ -296,16 +341,19 @@ def count(requests: Sequence[Request], outcomes: Sequence[Outcome]) -> None:
         OPERATIONS.labels(operation_type, "applied" if sqlstate is None else code_of(sqlstate)).inc(number)
 
 
-def _recognise(requests: Sequence[Request], outcomes: list[Outcome], own: set[UUID]) -> list[Outcome]:
+def _recognise(requests: Sequence[Request], outcomes: list[Outcome], own: set[UUID], atomic: bool) -> list[Outcome]:
     """Turn the duplicates that an earlier, lost call of the same requests had applied into the successes that they are.
 
     An operation that was sent twice within the call succeeds once; `own` are those that have succeeded already.
+    An atomic call has applied everything or nothing.
     """
+    if atomic and not all(map(Outcome.is_repeat, outcomes)):
+        return outcomes
     own = set(own)
     recognised = []
     for request, outcome in zip(requests, outcomes, strict=True):
-        if request.operation_uuid not in own and outcome.is_repeat_of(request):
-            outcome = outcome._replace(sqlstate=None, message=None)
+        if request.operation_uuid not in own and outcome.is_repeat():
+            outcome = outcome._replace(sqlstate=None, message=None, same_request=None)
         if outcome.sqlstate is None:
             own.add(request.operation_uuid)
         recognised.append(outcome)

@@ -4,12 +4,19 @@ import asyncpg
 
 REFUSALS = {
     "WA400": (400, "invalid_request"),
-    "WA402": (400, "insufficient_funds"),
     "WA404": (404, "wallet_not_found"),
-    "WA409": (400, "duplicate_operation"),
     "WA414": (404, "operation_not_found"),
-    "WA416": (400, "balance_out_of_range"),
+    "WA409": (400, "duplicate_operation"),
     "WA419": (400, "wallet_exists"),
+    "WA424": (404, "hold_not_found"),
+    "WA410": (400, "hold_closed"),
+    "WA405": (400, "wallet_closed"),
+    "WA403": (400, "wallet_frozen"),
+    "WA422": (400, "currency_mismatch"),
+    "WA402": (400, "insufficient_funds"),
+    "WA416": (400, "balance_out_of_range"),
+    "WA417": (400, "wallet_not_empty"),
+    "WA425": (400, "not_applied"),
     "55P03": (503, "wallet_locked"),
 }
 """What the functions in db/ refuse, by SQLSTATE: the HTTP status and the code. The detail is the SQL message."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import get_args
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
@@ -13,17 +14,19 @@ from app.calls.refusals import DATABASE_REFUSED, REFUSALS
 from app.settings import Settings
 from app.web import connections, docs, handlers, origins
 from app.web.body import ROOM, Room, check_head
-from app.web.messages import check_query
+from app.web.messages import OperationType, check_query
 from app.web.request_log import access_log, answer
 from app.web.turns import Turns
 
 MIB = 1024 * 1024
 
-OPERATION_TYPES = ("DEPOSIT", "WITHDRAW")
+OPERATION_TYPES = get_args(OperationType)
 """The types of operations that clients ask for."""
+NOT_OF_OPERATIONS = ("WA414", "WA419", "WA417", "WA424", "WA410")
+"""What is refused to other requests only."""
 OUTCOMES = (
     "applied",
-    *(code for sqlstate, (_, code) in REFUSALS.items() if sqlstate not in ("WA414", "WA419")),
+    *(code for sqlstate, (_, code) in REFUSALS.items() if sqlstate not in NOT_OF_OPERATIONS),
     DATABASE_REFUSED[1],
 )
 """What may come of an operation."""
@@ -38,10 +41,15 @@ def make_app(settings: Settings) -> web.Application:
     app.cleanup_ctx.extend([access_log, database.pool, dispatch.keep_lanes])
     routes = [  # the router tries those that share a prefix in this order
         web.post("/api/v1/wallets/{wallet_uuid}/operation", handlers.apply_operation),
-        web.post("/api/v1/wallets", handlers.create_wallet),
-        web.get("/api/v1/wallets/{wallet_uuid}", handlers.get_wallet),
-        web.get("/api/v1/wallets/{wallet_uuid}/operations", handlers.list_operations),
+        web.put("/api/v1/wallets/{wallet_uuid}/operations/{operation_uuid}", handlers.put_operation),
         web.get("/api/v1/wallets/{wallet_uuid}/operations/{operation_uuid}", handlers.get_operation),
+        web.get("/api/v1/wallets/{wallet_uuid}/operations", handlers.list_operations),
+        web.get("/api/v1/wallets/{wallet_uuid}/balance", handlers.get_balance),
+        web.get("/api/v1/wallets/{wallet_uuid}", handlers.get_wallet),
+        web.put("/api/v1/wallets/{wallet_uuid}", handlers.put_wallet),
+        web.patch("/api/v1/wallets/{wallet_uuid}", handlers.set_status),
+        web.get("/api/v1/wallets", handlers.list_wallets),
+        web.post("/api/v1/wallets", handlers.create_wallet),
         web.post("/api/v1/operations", handlers.apply_operations),
         web.get("/healthz", handlers.healthz),
         web.get("/readyz", handlers.readyz),
@@ -67,7 +75,7 @@ def guarded(handler: Handler, check_origin: Callable[[web.Request], None]) -> Ha
 
     The contract's order is the protocol, the route, whose page asks, the form. The body comes later.
     """
-    has_query = handler is handlers.list_operations
+    has_query = handler in (handlers.list_operations, handlers.list_wallets, handlers.get_balance)
 
     async def enter(request: web.Request) -> web.StreamResponse:
         check_origin(request)

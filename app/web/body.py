@@ -1,6 +1,7 @@
 """Bodies of requests: what is taken at all, within limits of time and memory."""
 
 import asyncio
+import contextlib
 
 from aiohttp import HttpVersion11, hdrs, web
 from aiohttp.http_exceptions import HttpProcessingError
@@ -56,7 +57,8 @@ class Body:
     def __exit__(self, *_: object) -> None:
         """Free the bytes, whoever still holds them, and their room."""
         if isinstance(self._content, bytearray):
-            self._content.clear()
+            with contextlib.suppress(BufferError):  # what was decoded still shows parts of it, for a moment
+                self._content.clear()
         self._content = b""
         self._room.give_back(self._size)
 

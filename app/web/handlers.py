@@ -1,6 +1,7 @@
 """One handler a route: decode, call, answer."""
 
 import asyncio
+from uuid import UUID
 
 import msgspec
 from aiohttp import web
@@ -8,18 +9,26 @@ from aiohttp import web
 from app.calls import database, dispatch
 from app.calls.database import POOL
 from app.calls.line import Outcome, Request
-from app.calls.refusals import NO_SUCCESS, code_of
+from app.calls.records import Wallet
+from app.calls.refusals import NO_SUCCESS, Refusal, code_of
 from app.web.body import BULK_BODY_LIMIT, receive_body
 from app.web.messages import (
     Applied,
+    Moment,
     NewOperation,
     NewOperations,
+    NewStatus,
     NewWallet,
     OperationPage,
     Page,
     Refused,
     Results,
+    Terms,
+    WalletPage,
+    Wallets,
+    WalletTerms,
     decode_body,
+    metadata_text,
     operation_uuid,
     read_body,
     read_query,
@@ -34,15 +43,36 @@ READY_TIMEOUT = 2.0
 """Seconds that the database has to answer a readiness check."""
 
 _new_wallet = msgspec.json.Decoder(NewWallet)
+_wallet_terms = msgspec.json.Decoder(WalletTerms)
+_new_status = msgspec.json.Decoder(NewStatus)
 _new_operation = msgspec.json.Decoder(NewOperation)
+_terms = msgspec.json.Decoder(Terms)
 _new_operations = msgspec.json.Decoder(NewOperations)
 
 
 async def create_wallet(request: web.Request) -> web.Response:
     """POST /api/v1/wallets"""
     new = await read_body(request, _new_wallet) if request.can_read_body else NewWallet()
-    wallet = await database.create_wallet(request.app[POOL], new.uuid)
-    return respond(wallet, 201, Location=f"/api/v1/wallets/{wallet.uuid}")
+    wallet = await database.create_wallet(request.app[POOL], new.uuid, new.currency)
+    return respond(Wallet(wallet.id, wallet.uuid, wallet.balance), 201, Location=f"/api/v1/wallets/{wallet.uuid}")
+
+
+async def put_wallet(request: web.Request) -> web.Response:
+    """PUT /api/v1/wallets/{wallet_uuid}"""
+    name = wallet_uuid(request)
+    terms = await read_body(request, _wallet_terms) if request.can_read_body else WalletTerms()
+    try:
+        wallet, created = await database.put_wallet(request.app[POOL], name, terms.currency)
+    except Refusal as error:
+        raise refusal(str(error.sqlstate), str(error), conflicts=True) from None
+    return respond(wallet, 201 if created else 200)
+
+
+async def list_wallets(request: web.Request) -> web.Response:
+    """GET /api/v1/wallets"""
+    page = read_query(request.query, WalletPage)
+    wallets, more = await database.list_wallets(request.app[POOL], page.after, page.limit)
+    return respond(Wallets(wallets, wallets[-1].uuid if more else None))
 
 
 async def get_wallet(request: web.Request) -> web.Response:
@@ -50,17 +80,37 @@ async def get_wallet(request: web.Request) -> web.Response:
     return respond(await database.get_wallet(request.app[POOL], wallet_uuid(request)))
 
 
+async def set_status(request: web.Request) -> web.Response:
+    """PATCH /api/v1/wallets/{wallet_uuid}"""
+    name = wallet_uuid(request)
+    new = await read_body(request, _new_status)
+    return respond(await database.set_status(request.app[POOL], name, new.status))
+
+
+async def get_balance(request: web.Request) -> web.Response:
+    """GET /api/v1/wallets/{wallet_uuid}/balance"""
+    query = read_query(request.query, Moment)
+    return respond(await database.get_balance(request.app[POOL], wallet_uuid(request), query.at))
+
+
 async def apply_operation(request: web.Request) -> web.Response:
     """POST /api/v1/wallets/{wallet_uuid}/operation"""
     name = wallet_uuid(request)
-    operation = await read_body(request, _new_operation)
-    asked = Request(name, operation.operation_uuid, operation.operation_type, operation.amount)
-    outcome = await dispatch.apply_one(request.app, asked)
+    new = await read_body(request, _new_operation)
+    outcome = await dispatch.apply_one(request.app, _request(name, new.operation_uuid, new))
     if outcome.sqlstate is not None:
-        recorded = outcome.recorded(asked)
-        same_request = None if recorded is None else outcome.is_repeat_of(asked)
-        raise refusal(outcome.sqlstate, str(outcome.message), operation=recorded, same_request=same_request)
-    return respond(operation.operation_uuid)
+        raise _refusal(outcome)
+    return respond(new.operation_uuid)
+
+
+async def put_operation(request: web.Request) -> web.Response:
+    """PUT /api/v1/wallets/{wallet_uuid}/operations/{operation_uuid}"""
+    name, operation = wallet_uuid(request), operation_uuid(request)
+    asked = _request(name, operation, await read_body(request, _terms))
+    outcome = await dispatch.apply_one(request.app, asked._replace(whole=True))
+    if outcome.sqlstate is not None and not outcome.is_repeat():
+        raise _refusal(outcome, conflicts=True)
+    return respond(outcome.recorded(), 201 if outcome.sqlstate is None else 200)
 
 
 async def apply_operations(request: web.Request) -> web.Response:
@@ -68,17 +118,17 @@ async def apply_operations(request: web.Request) -> web.Response:
     turns = request.app[TURNS]
     dispatch.admit_bulk(request.app)
     with await receive_body(request, BULK_BODY_LIMIT) as body:
-        asked = await turns.take(lambda: _requests(body))
-    outcomes = await dispatch.apply_all(request.app, asked)
+        asked, atomic = await turns.take(lambda: _requests(body))
+    outcomes = await dispatch.apply_all(request.app, asked, atomic=atomic)
     return await turns.take(lambda: respond(Results(list(map(_result, asked, outcomes)))))
 
 
 async def list_operations(request: web.Request) -> web.Response:
     """GET /api/v1/wallets/{wallet_uuid}/operations"""
     page = read_query(request.query, Page)
-    operations = await database.list_operations(request.app[POOL], wallet_uuid(request), page.before, page.limit)
-    # seq has no gaps and starts at 1, so the last row itself says whether there are more.
-    more = bool(operations) and operations[-1].seq > 1
+    operations, more = await database.list_operations(
+        request.app[POOL], wallet_uuid(request), page.before, page.limit, page.start, page.end
+    )
     return respond(OperationPage(operations, operations[-1].seq if more else None))
 
 
@@ -106,15 +156,32 @@ async def readyz(request: web.Request) -> web.Response:
     return respond({"status": "ok"})
 
 
-def _requests(body: bytes | bytearray) -> list[Request]:
-    operations = decode_body(body, _new_operations).operations
-    return [Request(o.wallet_uuid, o.operation_uuid, o.operation_type, o.amount) for o in operations]
+def _request(wallet: str, operation: UUID, terms: Terms) -> Request:
+    metadata = metadata_text(terms.metadata)
+    return Request(wallet, operation, terms.operation_type, terms.amount, terms.counterparty_uuid, metadata)
+
+
+def _requests(body: bytes | bytearray) -> tuple[list[Request], bool]:
+    new = decode_body(body, _new_operations)
+    return [_request(each.wallet_uuid, each.operation_uuid, each) for each in new.operations], new.atomic
+
+
+def _refusal(outcome: Outcome, *, conflicts: bool = False) -> Problem:
+    recorded = outcome.recorded()
+    same_request = None if recorded is None else outcome.same_request
+    return refusal(
+        str(outcome.sqlstate),
+        str(outcome.message),
+        conflicts=conflicts,
+        operation=recorded,
+        same_request=same_request,
+    )
 
 
 def _result(asked: Request, outcome: Outcome) -> Applied | Refused:
     if outcome.sqlstate is None:
-        return Applied(asked.operation_uuid, True, outcome.balance_after, outcome.seq)
+        return Applied(asked.operation_uuid, True, outcome.balance_after, outcome.held_after, outcome.seq)
     refused = Refused(asked.operation_uuid, False, code_of(outcome.sqlstate), str(outcome.message))
-    if (recorded := outcome.recorded(asked)) is None:
+    if (recorded := outcome.recorded()) is None:
         return refused
-    return msgspec.structs.replace(refused, operation=recorded, same_request=outcome.is_repeat_of(asked))
+    return msgspec.structs.replace(refused, operation=recorded, same_request=outcome.same_request)

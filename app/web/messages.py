@@ -2,15 +2,16 @@
 
 import re
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Annotated, Literal, TypeVar
 from uuid import UUID
 
 import msgspec
 from aiohttp import web
-from msgspec import UNSET, UnsetType
+from msgspec import UNSET, Raw, UnsetType
 
-from app.calls.records import Operation
+from app.calls.records import Balance, Operation
 from app.web.body import BODY_LIMIT, JSON, check_content_type, receive_body
 from app.web.problems import invalid, invalid_input
 
@@ -19,6 +20,13 @@ _NAME = r"\A[A-Za-z0-9_-]{1,64}\Z"
 WalletUuid = Annotated[str, msgspec.Meta(pattern=_NAME)]
 _is_name = re.compile(_NAME).match
 Amount = Annotated[int, msgspec.Meta(ge=1, le=MAX_INT64)]
+Currency = Annotated[str, msgspec.Meta(pattern=r"\A[A-Z0-9]{3,12}\Z")]
+OperationType = Literal["DEPOSIT", "WITHDRAW", "TRANSFER"]
+Limit = Annotated[int, msgspec.Meta(ge=1, le=1000)]
+METADATA_LIMIT = 2048
+"""Octets of metadata, at most, as SQL shows it."""
+NO_METADATA = '"none"'
+"""Stands for metadata that jsonb cannot hold: SQL refuses what is no object to its own request."""
 
 T = TypeVar("T")
 
@@ -27,40 +35,80 @@ class NewWallet(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The body of a wallet's creation."""
 
     uuid: WalletUuid | None = None
+    currency: Currency | None = None
 
 
-class NewOperation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The body of an operation. `amount` is in minor units."""
+class WalletTerms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The body of a wallet's creation under the name in the path."""
+
+    currency: Currency | None = None
+
+
+class NewStatus(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The body of a change of a wallet's status."""
+
+    status: Literal["OPEN", "FROZEN", "CLOSED"]
+
+
+class Terms(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What every request for an operation has: the body under the operation's own path. `amount` is in minor units."""
+
+    operation_type: OperationType
+    amount: Amount
+    counterparty_uuid: WalletUuid | None = None
+    metadata: dict[str, Raw] | None = None
+
+
+class NewOperation(Terms, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The body of an operation."""
 
     operation_uuid: UUID
-    operation_type: Literal["DEPOSIT", "WITHDRAW"]
-    amount: Amount
 
 
-class BulkOperation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One operation of a bulk request. `amount` is in minor units."""
+class BulkOperation(NewOperation, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One operation of a bulk request."""
 
     wallet_uuid: WalletUuid
-    operation_uuid: UUID
-    operation_type: Literal["DEPOSIT", "WITHDRAW"]
-    amount: Amount
 
 
 class NewOperations(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The body of a bulk request."""
+    """The body of a bulk request. `atomic`: all of them or none."""
 
     operations: Annotated[list[BulkOperation], msgspec.Meta(max_length=10_000)]
+    atomic: bool = False
 
 
 class NoQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The query of everything but a list."""
 
 
-class Page(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The query of a list: at most `limit` operations with a seq below `before`."""
+class Moment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The query of a balance: now, or as it was at a moment."""
 
-    limit: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 100
+    at: datetime | None = None
+
+
+class WalletPage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The query of a list of wallets: at most `limit` with a name after this one."""
+
+    limit: Limit = 100
+    after: WalletUuid | None = None
+
+
+class Wallets(msgspec.Struct, frozen=True):
+    """Wallets by name, and the `after` of the next page (None: there is none)."""
+
+    wallets: list[Balance]
+    next: str | None
+
+
+class Page(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The query of a statement: at most `limit` operations with a seq below `before`, from `start` to before `end`."""
+
+    limit: Limit = 100
     before: Annotated[int, msgspec.Meta(ge=1, le=MAX_INT64)] | None = None
+    start: datetime | None = msgspec.field(default=None, name="from")
+    end: datetime | None = msgspec.field(default=None, name="to")
 
 
 class OperationPage(msgspec.Struct, frozen=True):
@@ -71,11 +119,12 @@ class OperationPage(msgspec.Struct, frozen=True):
 
 
 class Applied(msgspec.Struct, frozen=True):
-    """The outcome of an operation of a bulk request that was applied. `balance_after` is in minor units."""
+    """The outcome of an operation of a bulk request that was applied. Money is in minor units."""
 
     operation_uuid: UUID
     applied: Literal[True]
     balance_after: int
+    held_after: int
     seq: int
 
 
@@ -117,7 +166,7 @@ def decode_body(body: bytes | bytearray, decoder: msgspec.json.Decoder[T]) -> T:
         except msgspec.ValidationError as error:
             if "got `float`" not in str(error):
                 raise
-            return msgspec.convert(_exact.decode(body), decoder.type)
+            return decoder.decode(_with_exact_amounts(body, error))
     except msgspec.DecodeError as error:
         raise invalid_input("body", error) from None
     except RecursionError:
@@ -126,21 +175,73 @@ def decode_body(body: bytes | bytearray, decoder: msgspec.json.Decoder[T]) -> T:
         raise invalid(["body"], "not valid JSON: not valid UTF-8", "json_invalid") from None
 
 
-def exact_number(text: str) -> int | float:
-    """Return a JSON number with a point or an exponent as an int if it is a whole one that a double tells apart.
+def _with_exact_amounts(body: bytes | bytearray, error: msgspec.ValidationError) -> bytes:
+    """Return a body with its amounts written as integers where they are. Raises `error` if it is no such body."""
+    try:
+        members = _members(body)
+        if "operations" in members:
+            members["operations"] = Raw(
+                msgspec.json.encode(list(map(_with_exact_amount, _list(members["operations"]))))
+            )
+        return msgspec.json.encode(_with_exact_amount(members))
+    except msgspec.DecodeError:
+        raise error from None
+
+
+def _with_exact_amount(members: dict[str, Raw]) -> dict[str, Raw]:
+    amount = members.get("amount")
+    if amount is None or bytes(amount)[:1] not in _NUMBER:
+        return members
+    return members | {"amount": exact_number(amount)}
+
+
+def exact_number(number: Raw) -> Raw:
+    """Return a JSON number with a point or an exponent as an integer if it is a whole one that a double tells apart.
 
     JSON Schema (2020-12 core, section 4.2.3) takes 10.0 and 1e1 for integers, and old clients send doubles. From 2^53
     on a double stands for more than one integer.
     """
     try:
-        number = Decimal(text)
-        is_exact = abs(number) < 2**53 and number == number.to_integral_value()
+        value = Decimal(bytes(number).decode())
+        is_exact = abs(value) < 2**53 and value == value.to_integral_value()
     except ArithmeticError:  # an exponent of 20 digits
         is_exact = False
-    return int(number) if is_exact else float(text)
+    return Raw(b"%d" % int(value)) if is_exact else number
 
 
-_exact = msgspec.json.Decoder(float_hook=exact_number)
+_NUMBER = tuple(b"%c" % character for character in b"-0123456789")
+_members = msgspec.json.Decoder(dict[str, Raw]).decode
+_list = msgspec.json.Decoder(list[dict[str, Raw]]).decode
+
+
+def metadata_text(metadata: dict[str, Raw] | None) -> str | None:
+    """Return metadata for SQL, which decides whether it is good: None for null and for an empty one.
+
+    What jsonb cannot hold at all (section 8.14 of PostgreSQL's manual), SQL is not shown: it would refuse everything
+    that shares the call.
+    """
+    if not metadata:
+        return None
+    text = msgspec.json.encode(metadata)
+    try:
+        shortest = msgspec.json.encode(_metadata(text))
+        if len(shortest) <= METADATA_LIMIT and not _has_nul(text):
+            return text.decode()
+    except (msgspec.DecodeError, ArithmeticError, RecursionError, UnicodeDecodeError):
+        pass
+    return NO_METADATA
+
+
+def _short_number(text: str) -> int:
+    """Stand for a number that jsonb writes in so many digits. Raises ValueError for one that is longer."""
+    number = Decimal(text)
+    if abs(number.adjusted()) > METADATA_LIMIT:
+        raise ValueError("a number is too long")
+    return 0
+
+
+_metadata = msgspec.json.Decoder(float_hook=_short_number).decode
+_has_nul = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000").search
 
 
 def check_query(request: web.Request) -> None:
@@ -151,15 +252,39 @@ def check_query(request: web.Request) -> None:
 
 def read_query(query: Mapping[str, str], shape: type[T]) -> T:
     """Decode a request's query; a number is plain digits. Raises Problem (400), also for what stands there twice."""
-    values: dict[str, int | str] = {}
+    values: dict[str, int | str | datetime] = {}
     for name, text in query.items():
         if name in values:
             raise invalid(["query", name], "Repeated parameter")
-        values[name] = int(text) if re.fullmatch("[0-9]{1,19}", text) else text
+        if name in _NUMBERS and re.fullmatch("[0-9]{1,19}", text):
+            values[name] = int(text)
+        else:
+            values[name] = read_time(name, text) if name in _TIMES else text
     try:
         return msgspec.convert(values, shape)
     except msgspec.ValidationError as error:
         raise invalid_input("query", error) from None
+
+
+_NUMBERS = ("limit", "before")
+_TIMES = ("at", "from", "to")
+_is_time = re.compile(r"\d{4}-\d\d-\d\d[Tt]\d\d:\d\d:\d\d(\.\d{1,6})?([Zz]|[+-]\d\d:\d\d)", re.ASCII).fullmatch
+
+
+def read_time(name: str, text: str) -> datetime:
+    """Return a time of a query (RFC 3339, with an offset, at most six decimals) in UTC. Raises Problem (400).
+
+    One that is in another year in UTC, 0 or 10000, is the first or the last that there is.
+    """
+    try:
+        if _is_time(text):
+            return msgspec.convert(text, datetime).astimezone(UTC)
+    except OverflowError:
+        return (datetime.min if text.startswith("0001") else datetime.max).replace(tzinfo=UTC)
+    except msgspec.ValidationError:
+        pass
+    message = "must be a time like 2026-11-29T12:00:00.123456Z, with an offset (whose + is %2B in a URL)"
+    raise invalid(["query", name], f"{name} {message}")
 
 
 def wallet_uuid(request: web.Request) -> str:

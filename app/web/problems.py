@@ -68,9 +68,14 @@ class Problem(Exception):
         return response
 
 
-def refusal(sqlstate: str, message: str, **members: object) -> Problem:
-    """Return the problem for what a function in db/, or the database itself, refused."""
+def refusal(sqlstate: str, message: str, *, conflicts: bool = False, **members: object) -> Problem:
+    """Return the problem for what a function in db/, or the database itself, refused.
+
+    `conflicts`: what was to be put exists, and differs: 409.
+    """
     status, code = REFUSALS.get(sqlstate, DATABASE_REFUSED)
+    if conflicts and sqlstate in ("WA409", "WA419"):
+        status = 409
     if sqlstate == "WA400":
         members["errors"] = [{"loc": ["body"], "msg": message, "type": "value_error"}]
     return Problem(status, code, message, headers=RETRY if status == 503 else None, members=members)

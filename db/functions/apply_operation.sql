@@ -1,74 +1,142 @@
--- The row lock on the wallet comes first and is held to the end of the transaction: it puts the operations of one
--- wallet in order, so nothing below it can race but the same operation_uuid on another wallet, where the unique
--- index decides. The balance is checked before the duplicate because that is the order that costs a good operation
+-- The row locks on the wallets come first, in the order of uuid, and are held to the end of the transaction: they put the
+-- operations of a wallet in order, so nothing below them can race but the same operation_uuid on another wallet, where
+-- the unique index decides. The last rows are read by statements of their own, which see what the lock waited for.
+-- The state is checked before the duplicate because that is the order that costs a good operation
 -- nothing; an operation that was applied and is sent again must hear that it exists, so the failing paths look for it.
--- A plain insert whose unique_violation is caught costs less than one that is on conflict do nothing. Lock, insert and
--- update stand in one block, and so in one subtransaction: an update of a row that another one locked needs a multixact.
+-- A plain insert whose unique_violation is caught costs less than one that is on conflict do nothing.
+-- Sequential scans are off, here and in what reads: a session keeps a plan that it made while the ledger was empty.
 create or replace function wallet.apply_operation(
   p_wallet_uuid text,
   p_operation_uuid uuid,
   p_operation_type text,
-  p_amount bigint
+  p_amount bigint default null,
+  p_counterparty_uuid text default null,
+  p_hold_uuid uuid default null,
+  p_expires_at timestamptz default null,
+  p_metadata jsonb default null,
+  p_not_after timestamptz default null
 )
 returns wallet.operation
 language plpgsql security definer
 set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
 as $$
 declare
-  v_fault text := wallet.argument_fault(p_operation_uuid, p_operation_type, p_amount);
+  v_fault text := wallet.argument_fault(
+    p_wallet_uuid, p_operation_uuid, p_operation_type, p_amount, p_counterparty_uuid, p_hold_uuid, p_expires_at, p_metadata
+  );
+  v_status text;
   v_balance bigint;
   v_seq bigint;
+  v_last timestamptz;
+  v_now timestamptz;
+
+  v_currency text;
+  v_payee_status text;
+  v_payee_currency text;
+  v_payee_balance bigint;
+  v_payee_seq bigint;
+  v_payee_last timestamptz;
+  v_missed text[] := '{}';
+
   v_operation wallet.operation;
   v_constraint text;
 begin
-  if v_fault is not null then
+  if current_setting('transaction_isolation') not in ('read committed', 'read uncommitted') then
+    perform wallet.raise_isolation_level();
+  elsif v_fault is not null then
     raise sqlstate 'WA400' using message = v_fault;
   end if;
 
   begin
-    select w.balance, w.seq into v_balance, v_seq
-    from wallet.wallet as w
-    where w.uuid = p_wallet_uuid
-    for no key update;
+    if p_counterparty_uuid is null then
+      select w.status into v_status
+      from wallet.wallet as w
+      where w.uuid = p_wallet_uuid
+      for no key update;
+    else
+      select
+        l.statuses[array_position(l.uuids, p_wallet_uuid)], l.currencies[array_position(l.uuids, p_wallet_uuid)],
+        l.statuses[array_position(l.uuids, p_counterparty_uuid)], l.currencies[array_position(l.uuids, p_counterparty_uuid)],
+        l.missed
+      into v_status, v_currency, v_payee_status, v_payee_currency, v_missed
+      from wallet.lock_wallets(array[p_wallet_uuid, p_counterparty_uuid]) as l;
 
-    if not found then
-      perform wallet.raise_wallet_not_found(p_wallet_uuid);
+      select o.balance_after, o.seq, o.created_at
+      into v_payee_balance, v_payee_seq, v_payee_last
+      from wallet.operation as o
+      where o.wallet_uuid = p_counterparty_uuid
+      order by o.seq desc
+      limit 1;
     end if;
 
-    v_fault := wallet.funds_fault(p_operation_type, p_amount, v_balance);
+    if (v_status is null and coalesce(p_wallet_uuid <> all(v_missed), true))
+      or (p_counterparty_uuid is not null and v_payee_status is null and p_counterparty_uuid <> all(v_missed)) then
+      perform wallet.raise_wallet_not_found(p_wallet_uuid, p_counterparty_uuid);
+    elsif v_missed <> '{}' then
+      raise lock_not_available;
+    end if;
+
+    select o.balance_after, o.seq, o.created_at
+    into v_balance, v_seq, v_last
+    from wallet.operation as o
+    where o.wallet_uuid = p_wallet_uuid
+    order by o.seq desc
+    limit 1;
+
+    v_balance := coalesce(v_balance, 0);
+    v_now := greatest(clock_timestamp(), v_last, v_payee_last);
+    v_fault := wallet.state_fault(
+      p_operation_type, p_amount, v_status, v_balance, v_currency, v_payee_status, coalesce(v_payee_balance, 0), v_payee_currency
+    );
+
     if v_fault is not null then
-      if exists (select from wallet.operation as o where o.operation_uuid = p_operation_uuid) then
+      if exists (
+        select from wallet.operation as o
+        where o.operation_uuid = p_operation_uuid and o.operation_type not in ('RECEIVE', 'EXPIRE')
+      ) then
         v_fault := 'WA409';
       end if;
       raise exception using errcode = v_fault, message = wallet.fault_message(v_fault);
     end if;
 
-    v_balance := v_balance + case p_operation_type when 'DEPOSIT' then p_amount else -p_amount end;
-    v_seq := v_seq + 1;
-
-    insert into wallet.operation (wallet_uuid, operation_type, operation_uuid, seq, amount, balance_after)
-    values (p_wallet_uuid, p_operation_type, p_operation_uuid, v_seq, p_amount, v_balance)
+    insert into wallet.operation
+      (wallet_uuid, operation_type, operation_uuid, seq, amount, balance_after, created_at, counterparty_uuid, metadata)
+    values (
+      p_wallet_uuid, p_operation_type, p_operation_uuid, coalesce(v_seq, 0) + 1, p_amount,
+      v_balance + case p_operation_type when 'DEPOSIT' then p_amount else -p_amount end,
+      v_now, p_counterparty_uuid, nullif(p_metadata, '{}')
+    )
     returning * into v_operation;
 
-    update wallet.wallet as w
-    set balance = v_balance, seq = v_seq
-    where w.uuid = p_wallet_uuid;
+    if p_counterparty_uuid is not null then
+      insert into wallet.operation
+        (wallet_uuid, operation_type, operation_uuid, seq, amount, balance_after, created_at, counterparty_uuid, metadata)
+      values (
+        p_counterparty_uuid, 'RECEIVE', p_operation_uuid, coalesce(v_payee_seq, 0) + 1, p_amount,
+        coalesce(v_payee_balance, 0) + p_amount,
+        v_now, p_wallet_uuid, v_operation.metadata
+      );
+    end if;
+
+    if clock_timestamp() >= p_not_after then
+      perform wallet.raise_too_late();
+    end if;
 
     return v_operation;
   exception
     when unique_violation then
       get stacked diagnostics v_constraint = constraint_name;
-      if v_constraint <> 'operation_operation_uuid_key' then
+      if v_constraint <> 'operation_requested_idx' then
         raise;
-      elsif not exists (select from wallet.operation as o where o.operation_uuid = p_operation_uuid) then
-        raise serialization_failure using
-          message = 'the operation was recorded by a transaction that this snapshot cannot see',
-          hint = 'Start the transaction again.';
       end if;
       v_fault := 'WA409';
     when lock_not_available then
       v_fault := case
-        when exists (select from wallet.operation as o where o.operation_uuid = p_operation_uuid) then 'WA409'
+        when exists (
+          select from wallet.operation as o
+          where o.operation_uuid = p_operation_uuid and o.operation_type not in ('RECEIVE', 'EXPIRE')
+        ) then 'WA409'
         else '55P03'
       end;
   end;
@@ -77,10 +145,13 @@ begin
 end
 $$;
 
-comment on function wallet.apply_operation(text, uuid, text, bigint) is
-  'Applies one operation to one wallet exactly once and returns its row. p_operation_uuid: the caller''s name for the operation, '
-  'not the nil UUID; p_operation_type: DEPOSIT or WITHDRAW; p_amount: minor units, 1 to 2^63-1. '
+comment on function wallet.apply_operation(text, uuid, text, bigint, text, uuid, timestamptz, jsonb, timestamptz) is
+  'Applies one operation exactly once and returns its row; for a transfer, the payer''s. p_operation_uuid: the caller''s name for the operation, '
+  'not the nil UUID; p_operation_type: DEPOSIT, WITHDRAW or TRANSFER; p_amount: minor units, 1 to 2^63-1; p_counterparty_uuid: the payee of a TRANSFER, '
+  'else null; p_metadata: an object of at most 2,048 octets as text ({} is null); p_not_after: the last moment of the call by the database''s clock; '
+  'p_hold_uuid, p_expires_at: null. '
   'Raises, the first that applies: WA400 (bad argument), WA404 (no such wallet), WA409 (the operation exists, on whichever wallet), '
-  'WA402 (not enough money), WA416 (the balance would pass 2^63-1); under a lock_timeout also 55P03, after WA409 (another transaction keeps '
-  'the wallet locked, or the operation_uuid in flight); under repeatable read or serializable also 40001. '
+  'WA405 (a wallet is closed), WA403 (the wallet is frozen), WA422 (the wallets'' currencies differ), WA402 (not enough money), '
+  'WA416 (a balance would pass 2^63-1); under a lock_timeout also 55P03, after WA409 (another transaction keeps '
+  'a wallet locked, or the operation_uuid in flight); 57014 (too late); 0A000 unless the transaction is read committed. '
   'A refused operation leaves nothing behind.';

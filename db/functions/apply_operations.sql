@@ -1,44 +1,53 @@
--- Every wallet of the batch is locked first, in the order of uuid, and every insert goes in the order of
--- operation_uuid: two batches that share wallets or operations wait for each other in one direction only.
+-- Every wallet of the batch is locked first, and then every insert goes in the order of operation_uuid: two batches that share
+-- wallets or operations wait for each other in one direction only. The wallets' last rows are read by a statement of its own,
+-- which sees what the locks waited for.
 --
--- An attempt is one block, and so one subtransaction: lock, decide, insert, update. What it meets decides how the next one
--- goes; it starts without locks, and looks again.
---
--- Under a lock_timeout a call holds nothing while it waits for a wallet, so that nobody waits in vain for its other wallets:
--- it takes what is free, and if anything is missed it lets go of all, waits for the missed wallet alone and, once it has
--- that one, takes the rest. Each wait has half of what is left of the lock_timeout, so that a wallet that
--- stays locked leaves some time for those that are merely busy. A call for one wallet waits as any statement does.
+-- An attempt is one block, and so one subtransaction: decide, insert. What it meets decides how the next one goes.
 --
 -- A batch without duplicates pays nothing for them: it inserts, and looks up what is recorded already only when the unique
 -- index objects, or when a refusal may be a repeat and must then hear that it exists. Whoever held one of the operation_uuids
 -- has committed by then, because the insert waited for it, so each look-up that follows such an objection finds more of them
--- than the one before. Only under a snapshot older than that commit (repeatable read, serializable) does it find no more:
--- then the caller's transaction must start again.
+-- than the one before.
 --
 -- What else the database refuses (a constraint, a trigger, an operation_uuid that stays in flight) it refuses to a single
 -- request, and doesn't say to which. Both halves of the batch are then applied by themselves, one after the other, down to
 -- that request. All wallets stay locked meanwhile.
 --
+-- An atomic batch is applied as any other, and all of it is taken back if any request was refused.
+--
 -- The decisions run in the order of the requests, over arrays: one entry a request for what comes out (by ordinal), one a
--- wallet for the state in between (by number; v_numbers is the dictionary from uuid to number). The plans are pinned to
+-- wallet for the state in between (by number; v_numbers is the dictionary from uuid to number). What is null as a whole in most
+-- calls is looked up by ordinal, since each array that is unnested costs every row. The plans are pinned to
 -- what fits any length and any ledger: hash joins between arrays, index scans on tables, nothing planned while a table was small.
 create or replace function wallet.apply_operations(
   p_wallet_uuids text[],
   p_operation_uuids uuid[],
   p_operation_types text[],
-  p_amounts bigint[]
+  p_amounts bigint[],
+  p_counterparty_uuids text[] default null,
+  p_hold_uuids uuid[] default null,
+  p_expires_at timestamptz[] default null,
+  p_metadata jsonb[] default null,
+  p_atomic boolean default false,
+  p_not_after timestamptz default null
 )
 returns table (
   ordinal int,
   sqlstate text,
   message text,
+  same_request boolean,
   wallet_uuid text,
   operation_type text,
   operation_uuid uuid,
   seq bigint,
   amount bigint,
   balance_after bigint,
-  created_at timestamptz
+  created_at timestamptz,
+  held_after bigint,
+  counterparty_uuid text,
+  hold_uuid uuid,
+  expires_at timestamptz,
+  metadata jsonb
 )
 language plpgsql security definer
 set search_path = pg_catalog, pg_temp
@@ -50,132 +59,168 @@ as $$
 declare
   v_count int := cardinality(p_wallet_uuids);
   v_half int;
-  v_now timestamptz;
-
   v_lock_timeout text := current_setting('lock_timeout');
-  v_patience interval := v_lock_timeout::interval; -- 0: without end
-  v_until timestamptz;
+  v_now timestamptz;
   v_step text; -- what the attempt is about, when it ends by an error
-  v_skip_locked bool;
-  v_awaited text;
-  v_stuck text[] := '{}'; -- wallets that were waited for in vain
-  v_missed text[]; -- wallets that exist and could not be locked; null: nothing was missed yet
-  v_halve bool := false;
+  v_halve boolean := false;
 
   v_sqlstate text;
   v_constraint text;
   v_objection text;
 
-  v_numbers jsonb;
   v_uuids text[];
+  v_statuses text[];
+  v_currencies text[];
+  v_missed text[]; -- wallets that exist and could not be locked
+  v_numbers jsonb;
+  v_last_balances bigint[];
+  v_last_seqs bigint[];
+  v_last_times timestamptz[]; -- null: none is later than the clock
   v_balances bigint[];
   v_wallet_seqs bigint[];
-  v_locked_balances bigint[];
-  v_locked_seqs bigint[];
+  v_times timestamptz[];
 
   v_ordinal int;
   v_number int;
+  v_payee int;
+  v_missing boolean;
+  v_type text;
+  v_amount bigint;
   v_fault text;
   v_balance bigint;
+  v_seq bigint;
   v_faults text[];
   v_messages text[];
   v_seqs bigint[];
   v_balances_after bigint[];
+  v_payee_seqs bigint[];
+  v_payee_balances_after bigint[];
+  v_moments timestamptz[]; -- where it is not v_now
 
-  v_look_up bool := false;
-  v_recorded bool[];
+  v_careful boolean; -- there is more to do than for deposits and withdrawals that are all good
+  v_look_up boolean := false;
+  v_recorded boolean[];
   v_recorded_count bigint;
-  v_recorded_before bigint;
+  v_recorded_before bigint := -1;
   v_firsts bigint[]; -- by ordinal: the ordinal of the first request with the same operation_uuid
-  v_taken bool[];
+  v_taken boolean[];
 begin
-  if p_wallet_uuids is null or p_operation_uuids is null or p_operation_types is null or p_amounts is null then
+  if current_setting('transaction_isolation') not in ('read committed', 'read uncommitted') then
+    perform wallet.raise_isolation_level();
+  elsif p_wallet_uuids is null or p_operation_uuids is null or p_operation_types is null or p_amounts is null then
     raise sqlstate 'WA400' using message = 'arrays must not be null';
   elsif array_ndims(p_wallet_uuids) > 1 or array_ndims(p_operation_uuids) > 1
-    or array_ndims(p_operation_types) > 1 or array_ndims(p_amounts) > 1 then
+    or array_ndims(p_operation_types) > 1 or array_ndims(p_amounts) > 1
+    or array_ndims(p_counterparty_uuids) > 1 or array_ndims(p_hold_uuids) > 1
+    or array_ndims(p_expires_at) > 1 or array_ndims(p_metadata) > 1 then
     raise sqlstate 'WA400' using message = 'arrays must have one dimension';
   elsif v_count <> cardinality(p_operation_uuids) or v_count <> cardinality(p_operation_types)
-    or v_count <> cardinality(p_amounts) then
+    or v_count <> cardinality(p_amounts)
+    or v_count <> cardinality(p_counterparty_uuids) or v_count <> cardinality(p_hold_uuids)
+    or v_count <> cardinality(p_expires_at) or v_count <> cardinality(p_metadata) then
     raise sqlstate 'WA400' using message = 'arrays must have the same length';
+  elsif p_atomic is null then
+    raise sqlstate 'WA400' using message = 'atomic must not be null';
   end if;
 
   p_wallet_uuids := p_wallet_uuids[:]; -- a slice starts at 1, whatever the array did
   p_operation_uuids := p_operation_uuids[:];
   p_operation_types := p_operation_types[:];
   p_amounts := p_amounts[:];
+  p_counterparty_uuids := p_counterparty_uuids[:];
+  p_hold_uuids := p_hold_uuids[:];
+  p_expires_at := p_expires_at[:];
+  p_metadata := p_metadata[:];
 
-  v_skip_locked := v_patience > '0' and p_wallet_uuids <> array_fill(p_wallet_uuids[1], array[v_count]);
+  if p_atomic then
+    begin
+      select array_agg(a.sqlstate order by a.ordinal), array_agg(a.message order by a.ordinal)
+      into v_faults, v_messages
+      from wallet.apply_operations(
+        p_wallet_uuids, p_operation_uuids, p_operation_types, p_amounts,
+        p_counterparty_uuids, p_hold_uuids, p_expires_at, p_metadata
+      ) as a;
+
+      if v_faults <> array_fill(null::text, array[v_count]) then
+        raise sqlstate 'WA425'; -- takes back what was applied
+      end if;
+    exception when sqlstate 'WA425' then
+      v_faults := array(
+        select coalesce(f.fault, 'WA425') from unnest(v_faults) with ordinality as f (fault, ordinal) order by f.ordinal
+      );
+    end;
+
+    v_look_up := true;
+  else
+    select l.uuids, l.statuses, l.currencies, l.missed
+    into v_uuids, v_statuses, v_currencies, v_missed
+    from wallet.lock_wallets(p_wallet_uuids || p_counterparty_uuids) as l;
+    v_now := clock_timestamp();
+
+    select
+      jsonb_object_agg(n.uuid, n.number), array_agg(coalesce(o.balance_after, 0)), array_agg(coalesce(o.seq, 0)),
+      case when max(o.created_at) > v_now then array_agg(o.created_at) end
+    into v_numbers, v_last_balances, v_last_seqs, v_last_times
+    from unnest(v_uuids) with ordinality as n (uuid, number)
+    left join lateral (
+      select l.balance_after, l.seq, l.created_at
+      from wallet.operation as l
+      where l.wallet_uuid = n.uuid
+      order by l.seq desc
+      limit 1
+    ) as o on true;
+  end if;
 
   <<attempt>>
-  loop
+  while not p_atomic loop
     begin
-      if v_awaited is not null then
-        v_step := 'wait';
-        perform wallet.wait_for_wallet(v_awaited, 0.5 * (v_until - clock_timestamp()));
-      end if;
-
-      v_step := 'lock';
-      v_missed := null;
-      if not v_skip_locked then
-        select jsonb_object_agg(n.uuid, n.number), array_agg(n.uuid), array_agg(n.balance), array_agg(n.seq)
-        into v_numbers, v_uuids, v_locked_balances, v_locked_seqs
-        from (
-          select l.*, row_number() over () as number
-          from (
-            select w.uuid, w.balance, w.seq
-            from wallet.wallet as w
-            where w.uuid = any(p_wallet_uuids)
-            order by w.uuid
-            for no key update
-          ) as l
-        ) as n;
-      else
-        select jsonb_object_agg(n.uuid, n.number), array_agg(n.uuid), array_agg(n.balance), array_agg(n.seq)
-        into v_numbers, v_uuids, v_locked_balances, v_locked_seqs
-        from (
-          select l.*, row_number() over () as number
-          from (
-            select w.uuid, w.balance, w.seq
-            from wallet.wallet as w
-            where w.uuid = any(p_wallet_uuids)
-            order by w.uuid
-            for no key update skip locked
-          ) as l
-        ) as n;
-      end if;
-
       if v_halve then
         v_step := 'halves';
         v_half := v_count / 2;
-        if v_patience > '0' then
+        if v_lock_timeout <> '0' then
           perform set_config('lock_timeout', '1', true); -- what is here is locked, and what is not was waited for
         end if;
 
         return query
-        select * from wallet.apply_operations(
-          p_wallet_uuids[:v_half], p_operation_uuids[:v_half], p_operation_types[:v_half], p_amounts[:v_half]
+        select *
+        from wallet.apply_operations(
+          p_wallet_uuids[:v_half], p_operation_uuids[:v_half], p_operation_types[:v_half], p_amounts[:v_half],
+          p_counterparty_uuids[:v_half], p_hold_uuids[:v_half], p_expires_at[:v_half], p_metadata[:v_half]
         );
 
         return query
-        select (a.ordinal + v_half), a.sqlstate, a.message, a.wallet_uuid, a.operation_type, a.operation_uuid, a.seq, a.amount,
-          a.balance_after, a.created_at
+        select
+          a.ordinal + v_half, a.sqlstate, a.message, a.same_request, a.wallet_uuid, a.operation_type, a.operation_uuid, a.seq, a.amount,
+          a.balance_after, a.created_at, a.held_after, a.counterparty_uuid, a.hold_uuid, a.expires_at, a.metadata
         from wallet.apply_operations(
-          p_wallet_uuids[v_half + 1:], p_operation_uuids[v_half + 1:], p_operation_types[v_half + 1:], p_amounts[v_half + 1:]
+          p_wallet_uuids[v_half + 1:], p_operation_uuids[v_half + 1:], p_operation_types[v_half + 1:], p_amounts[v_half + 1:],
+          p_counterparty_uuids[v_half + 1:], p_hold_uuids[v_half + 1:], p_expires_at[v_half + 1:], p_metadata[v_half + 1:]
         ) as a;
 
         perform set_config('lock_timeout', v_lock_timeout, true);
+        if clock_timestamp() >= p_not_after then
+          perform wallet.raise_too_late();
+        end if;
         return;
       end if;
 
       <<decision>>
       loop
         v_step := 'decide';
-        v_balances := v_locked_balances;
-        v_wallet_seqs := v_locked_seqs;
+        v_balances := v_last_balances;
+        v_wallet_seqs := v_last_seqs;
+        v_times := v_last_times;
         v_faults := array_fill(null::text, array[v_count]);
         v_messages := v_faults;
         v_seqs := array_fill(null::bigint, array[v_count]);
         v_balances_after := v_seqs;
+        if p_counterparty_uuids is not null then
+          v_payee_seqs := v_seqs;
+          v_payee_balances_after := v_seqs;
+        end if;
+        if v_times is not null then
+          v_moments := array_fill(null::timestamptz, array[v_count]);
+        end if;
 
         if v_look_up then
           v_taken := array_fill(false, array[v_count]);
@@ -183,7 +228,7 @@ begin
           with known as materialized (
             select o.operation_uuid
             from wallet.operation as o
-            where o.operation_uuid = any(p_operation_uuids)
+            where o.operation_uuid = any(p_operation_uuids) and o.operation_type not in ('RECEIVE', 'EXPIRE')
           )
           select array_agg(q.recorded order by q.ordinal), array_agg(q.first order by q.ordinal), count(*) filter (where q.recorded)
           into v_recorded, v_firsts, v_recorded_count
@@ -195,71 +240,84 @@ begin
             from unnest(p_operation_uuids) with ordinality as r (operation_uuid, ordinal)
             left join known as k on k.operation_uuid = r.operation_uuid
           ) as q;
-
-          if v_recorded_count <= v_recorded_before then
-            raise serialization_failure using
-              message = 'an operation of this batch was recorded by a transaction that this snapshot cannot see',
-              hint = 'Start the transaction again.';
-          end if;
         end if;
 
+        v_careful := v_look_up or p_counterparty_uuids is not null or v_times is not null;
+
         for v_ordinal in 1..v_count loop
-          v_fault := wallet.argument_fault(p_operation_uuids[v_ordinal], p_operation_types[v_ordinal], p_amounts[v_ordinal]);
+          v_type := p_operation_types[v_ordinal];
+          v_amount := p_amounts[v_ordinal];
           v_number := (v_numbers ->> p_wallet_uuids[v_ordinal])::int;
+          v_fault := wallet.argument_fault(
+            p_wallet_uuids[v_ordinal], p_operation_uuids[v_ordinal], v_type, v_amount,
+            p_counterparty_uuids[v_ordinal], p_hold_uuids[v_ordinal], p_expires_at[v_ordinal], p_metadata[v_ordinal]
+          );
 
-          if v_number is null then
-            v_fault := coalesce(wallet.name_fault(p_wallet_uuids[v_ordinal]), v_fault);
+          if v_careful or v_fault is not null or v_number is null then
+            v_payee := (v_numbers ->> p_counterparty_uuids[v_ordinal])::int;
+            v_missing := v_number is null or (v_payee is null and p_counterparty_uuids[v_ordinal] is not null);
 
-            if v_missed is null then
-              v_missed := array(
-                select w.uuid
-                from wallet.wallet as w
-                where v_skip_locked and w.uuid = any(p_wallet_uuids) and not coalesce(v_numbers ? w.uuid, false)
-                order by w.uuid
-              );
-              v_until := coalesce(v_until, clock_timestamp() + v_patience);
-              select m.uuid into v_awaited from unnest(v_missed) as m (uuid) where m.uuid <> all(v_stuck) limit 1;
-
-              if v_awaited is not null and clock_timestamp() < v_until then
-                v_step := 'miss';
-                raise lock_not_available;
-              end if;
+            if v_missing and v_fault is null then
+              v_fault := wallet.names_fault(p_wallet_uuids[v_ordinal], p_counterparty_uuids[v_ordinal]);
             end if;
+
+            if v_fault is not null then
+              v_messages[v_ordinal] := v_fault;
+              v_fault := 'WA400';
+            elsif v_missing and (
+              (v_number is null and p_wallet_uuids[v_ordinal] <> all(v_missed))
+              or (v_payee is null and p_counterparty_uuids[v_ordinal] <> all(v_missed))
+            ) then
+              v_fault := 'WA404';
+            elsif v_look_up and (v_recorded[v_ordinal] or v_taken[v_firsts[v_ordinal]]) then
+              v_fault := 'WA409';
+            elsif v_missing then
+              v_fault := '55P03';
+            end if;
+          end if;
+
+          if v_fault is null then
+            v_fault := wallet.state_fault(
+              v_type, v_amount, v_statuses[v_number], v_balances[v_number], v_currencies[v_number],
+              v_statuses[v_payee], v_balances[v_payee], v_currencies[v_payee]
+            );
           end if;
 
           if v_fault is not null then
-            v_messages[v_ordinal] := v_fault;
-            v_fault := 'WA400';
-          elsif v_number is null and p_wallet_uuids[v_ordinal] <> all(v_missed) then
-            v_fault := 'WA404';
-          elsif v_look_up and (v_recorded[v_ordinal] or v_taken[v_firsts[v_ordinal]]) then
-            v_fault := 'WA409';
-          else
-            if v_number is null then
-              v_fault := '55P03';
-            else
-              v_balance := v_balances[v_number];
-              v_fault := wallet.funds_fault(p_operation_types[v_ordinal], p_amounts[v_ordinal], v_balance);
-            end if;
-
-            if v_fault is not null and not v_look_up then
+            if not v_look_up and v_fault not in ('WA400', 'WA404') then
               v_look_up := true;
               continue decision;
             end if;
-          end if;
-
-          if v_fault is not null then
             v_faults[v_ordinal] := v_fault;
             continue;
           end if;
 
-          v_balance := v_balance + case p_operation_types[v_ordinal] when 'DEPOSIT' then p_amounts[v_ordinal] else -p_amounts[v_ordinal] end;
+          v_balance := v_balances[v_number] + case v_type when 'DEPOSIT' then v_amount else -v_amount end;
           v_balances[v_number] := v_balance;
           v_balances_after[v_ordinal] := v_balance;
-          v_wallet_seqs[v_number] := v_wallet_seqs[v_number] + 1;
-          v_seqs[v_ordinal] := v_wallet_seqs[v_number];
-          if v_look_up then
-            v_taken[v_firsts[v_ordinal]] := true;
+          v_seq := v_wallet_seqs[v_number] + 1;
+          v_wallet_seqs[v_number] := v_seq;
+          v_seqs[v_ordinal] := v_seq;
+
+          if v_careful then
+            if v_payee is not null then
+              v_balance := v_balances[v_payee] + v_amount;
+              v_balances[v_payee] := v_balance;
+              v_payee_balances_after[v_ordinal] := v_balance;
+              v_seq := v_wallet_seqs[v_payee] + 1;
+              v_wallet_seqs[v_payee] := v_seq;
+              v_payee_seqs[v_ordinal] := v_seq;
+            end if;
+            if v_times is not null then
+              v_moments[v_ordinal] := greatest(v_now, v_times[v_number], v_times[v_payee]);
+              v_times[v_number] := v_moments[v_ordinal];
+              if v_payee is not null then
+                v_times[v_payee] := v_moments[v_ordinal];
+              end if;
+            end if;
+            if v_look_up then
+              v_taken[v_firsts[v_ordinal]] := true;
+            end if;
           end if;
         end loop;
 
@@ -267,38 +325,47 @@ begin
       end loop;
 
       v_step := 'write';
-      v_now := clock_timestamp();
-
-      insert into wallet.operation (wallet_uuid, operation_type, operation_uuid, seq, amount, balance_after, created_at)
-      select r.wallet_uuid, r.operation_type, r.operation_uuid, r.seq, r.amount, r.balance_after, v_now
-      from unnest(p_wallet_uuids, p_operation_types, p_operation_uuids, v_seqs, p_amounts, v_balances_after)
-        as r (wallet_uuid, operation_type, operation_uuid, seq, amount, balance_after)
-      where r.seq is not null
-      order by r.operation_uuid;
-
-      update wallet.wallet as w
-      set balance = l.balance, seq = l.seq
-      from unnest(v_uuids, v_balances, v_wallet_seqs) as l (uuid, balance, seq)
-      where w.uuid = any(v_uuids) and w.uuid = l.uuid and w.seq < l.seq;
+      if v_payee_seqs is null then
+        insert into wallet.operation
+          (wallet_uuid, operation_type, operation_uuid, seq, amount, balance_after, created_at, metadata)
+        select
+          r.wallet_uuid, r.operation_type, r.operation_uuid, r.seq, r.amount, r.balance_after,
+          coalesce(v_moments[r.ordinal], v_now), nullif(p_metadata[r.ordinal], '{}')
+        from unnest(p_wallet_uuids, p_operation_types, p_operation_uuids, v_seqs, p_amounts, v_balances_after) with ordinality
+          as r (wallet_uuid, operation_type, operation_uuid, seq, amount, balance_after, ordinal)
+        where r.seq is not null
+        order by r.operation_uuid;
+      else
+        insert into wallet.operation
+          (wallet_uuid, operation_type, operation_uuid, seq, amount, balance_after, created_at, counterparty_uuid, metadata)
+        select
+          s.wallet_uuid, s.operation_type, r.operation_uuid, s.seq, r.amount, s.balance_after, coalesce(r.moment, v_now),
+          s.counterparty_uuid, nullif(r.metadata, '{}')
+        from unnest(
+          p_wallet_uuids, p_operation_types, p_operation_uuids, v_seqs, p_amounts, v_balances_after, v_moments, p_metadata,
+          p_counterparty_uuids, v_payee_seqs, v_payee_balances_after
+        ) as r (
+          wallet_uuid, operation_type, operation_uuid, seq, amount, balance_after, moment, metadata,
+          counterparty_uuid, payee_seq, payee_balance_after
+        )
+        cross join lateral (
+          values
+          (r.wallet_uuid, r.operation_type, r.seq, r.balance_after, r.counterparty_uuid, 1),
+          (r.counterparty_uuid, 'RECEIVE', r.payee_seq, r.payee_balance_after, r.wallet_uuid, 2)
+        ) as s (wallet_uuid, operation_type, seq, balance_after, counterparty_uuid, side)
+        where s.seq is not null
+        order by r.operation_uuid, s.side;
+      end if;
 
       exit;
     exception when others then
       get stacked diagnostics
         v_sqlstate = returned_sqlstate, v_constraint = constraint_name, v_objection = message_text;
-      v_recorded_before := null;
 
-      if v_step = 'miss' then
-        null; -- the next attempt waits for v_awaited
-      elsif v_step = 'wait' and v_sqlstate = '55P03' then
-        v_stuck := v_stuck || v_awaited;
-        v_awaited := null;
-      elsif v_step = 'lock' and v_sqlstate = '55P03' and not v_skip_locked then
-        v_stuck := p_wallet_uuids[:1];
-        v_skip_locked := true;
-      elsif v_step <> 'write' or v_sqlstate ~ '^(08|25|40|53|57|58|XX)' then
+      if v_step <> 'write' or v_sqlstate ~ '^(08|25|40|53|57|58|XX)' then
         raise; -- not about a single request
-      elsif v_sqlstate = '23505' and v_constraint = 'operation_operation_uuid_key' then
-        v_recorded_before := case when v_look_up then v_recorded_count end;
+      elsif v_sqlstate = '23505' and v_constraint = 'operation_requested_idx' and v_recorded_count is distinct from v_recorded_before then
+        v_recorded_before := v_recorded_count;
         v_look_up := true;
       elsif v_count > 1 then
         v_halve := true;
@@ -314,19 +381,29 @@ begin
     end;
   end loop;
 
+  if clock_timestamp() >= p_not_after then
+    perform wallet.raise_too_late();
+  end if;
+
   if not v_look_up then
     return query
     select
       r.ordinal::int,
       r.fault,
       coalesce(r.message, wallet.fault_message(r.fault)),
+      case when r.seq is not null then true end,
       case when r.seq is not null then r.wallet_uuid end,
       case when r.seq is not null then r.operation_type end,
       case when r.seq is not null then r.operation_uuid end,
       r.seq,
       case when r.seq is not null then r.amount end,
       r.balance_after,
-      case when r.seq is not null then v_now end
+      case when r.seq is not null then coalesce(v_moments[r.ordinal], v_now) end,
+      case when r.seq is not null then 0::bigint end,
+      case when r.seq is not null then p_counterparty_uuids[r.ordinal] end,
+      null::uuid,
+      null::timestamptz,
+      case when r.seq is not null then nullif(p_metadata[r.ordinal], '{}') end
     from unnest(
       p_wallet_uuids, p_operation_types, p_operation_uuids, v_seqs, p_amounts, v_balances_after, v_faults, v_messages
     ) with ordinality
@@ -339,24 +416,43 @@ begin
   with recorded as materialized (
     select o.*
     from wallet.operation as o
-    where o.operation_uuid = any(p_operation_uuids)
+    where o.operation_uuid = any(p_operation_uuids) and o.operation_type not in ('RECEIVE', 'EXPIRE')
+  ),
+
+  request as (
+    select r.*
+    from unnest(
+      p_wallet_uuids, p_operation_types, p_operation_uuids, p_amounts, v_faults, v_messages,
+      p_counterparty_uuids, p_hold_uuids, p_expires_at, p_metadata
+    ) with ordinality as r (
+      wallet_uuid, operation_type, operation_uuid, amount, fault, message,
+      counterparty_uuid, hold_uuid, expires_at, metadata, ordinal
+    )
   )
+
   select
     r.ordinal::int, r.fault, coalesce(r.message, wallet.fault_message(r.fault)),
-    o.wallet_uuid, o.operation_type, o.operation_uuid, o.seq, o.amount, o.balance_after, o.created_at
-  from unnest(p_wallet_uuids, p_operation_uuids, v_faults, v_messages) with ordinality
-    as r (wallet_uuid, operation_uuid, fault, message, ordinal)
-  left join recorded as o
-    on o.operation_uuid = r.operation_uuid and o.wallet_uuid = r.wallet_uuid and coalesce(r.fault, 'WA409') = 'WA409'
+    case
+      when o.operation_uuid is not null
+        then wallet.is_same_request(o, r.operation_type, r.amount, r.counterparty_uuid, r.hold_uuid, r.expires_at, r.metadata)
+      when k.operation_uuid is not null then false
+    end,
+    o.wallet_uuid, o.operation_type, o.operation_uuid, o.seq, o.amount, o.balance_after, o.created_at,
+    o.held_after, o.counterparty_uuid, o.hold_uuid, o.expires_at, o.metadata
+  from request as r
+  left join recorded as k on k.operation_uuid = r.operation_uuid and coalesce(r.fault, 'WA409') = 'WA409'
+  left join recorded as o on o.operation_uuid = k.operation_uuid and o.wallet_uuid = r.wallet_uuid
   order by r.ordinal;
 end
 $$;
 
-comment on function wallet.apply_operations(text[], uuid[], text[], bigint[]) is
+comment on function wallet.apply_operations(text[], uuid[], text[], bigint[], text[], uuid[], timestamptz[], jsonb[], boolean, timestamptz) is
   'Applies a batch of operations as apply_operation would one after another in the order given, and commits those that succeed together. '
-  'Four arrays of one length: wallet, operation_uuid, DEPOSIT or WITHDRAW, amount in minor units. Returns one row per request, in order: ordinal '
-  '(from 1), sqlstate and message (null: applied), and the row of the applied operation, or of the recorded one where the '
-  'sqlstate is WA409 and it belongs to the same wallet. Outcomes per request: WA400, WA404, WA409, WA402, WA416 as in apply_operation. '
-  'Also, for requests that were not tried and may be asked again: 55P03, under a lock_timeout, after WA409 (another transaction keeps the wallet '
+  'Arrays of one length, with the arguments of apply_operation; those that may be null may be null as a whole. Returns one row per request, in order: ordinal '
+  '(from 1), sqlstate and message (null: applied), same_request (whether what is recorded under its operation_uuid is this request: true for an applied one; '
+  'null where nothing is recorded), and the row of the applied operation, or of the recorded one where the '
+  'sqlstate is WA409 and it belongs to the same wallet. Outcomes per request: WA400, WA404, WA409, WA405, WA403, WA422, WA402, WA416 as in apply_operation. '
+  'Also, for requests that were not tried and may be asked again: 55P03, under a lock_timeout, after WA409 (another transaction keeps a wallet '
   'locked, or the operation_uuid in flight); and the SQLSTATE of whatever else the database refuses (a constraint, a trigger), its message in a WARNING. '
-  'Raises WA400 only for the arrays themselves (null, different lengths, more than one dimension) and, under repeatable read or serializable, 40001.';
+  'p_atomic: if any request is refused, none is applied, and the outcome of those that would have been is WA425. '
+  'Raises WA400 only for the arrays themselves (null, different lengths, more than one dimension), 57014 (too late), and 0A000 unless the transaction is read committed.';

@@ -1,18 +1,40 @@
-create or replace function wallet.argument_fault(p_operation_uuid uuid, p_operation_type text, p_amount bigint)
+create or replace function wallet.argument_fault(
+  p_wallet_uuid text,
+  p_operation_uuid uuid,
+  p_operation_type text,
+  p_amount bigint,
+  p_counterparty_uuid text,
+  p_hold_uuid uuid,
+  p_expires_at timestamptz,
+  p_metadata jsonb
+)
 returns text
 language sql immutable
 as $$
   select case
+    when (p_operation_type = 'DEPOSIT' or p_operation_type = 'WITHDRAW') and p_amount > 0
+      and p_operation_uuid <> '00000000-0000-0000-0000-000000000000'::uuid
+      and p_counterparty_uuid is null and p_hold_uuid is null and p_expires_at is null and p_metadata is null
+      then null
     when p_operation_uuid is null then 'operation_uuid must not be null'
     when p_operation_uuid = '00000000-0000-0000-0000-000000000000'::uuid then 'operation_uuid must not be the nil UUID'
     when p_operation_type is null then 'operation_type must not be null'
-    when p_operation_type <> 'DEPOSIT' and p_operation_type <> 'WITHDRAW' then 'operation_type must be DEPOSIT or WITHDRAW'
+    when p_operation_type <> 'DEPOSIT' and p_operation_type <> 'WITHDRAW' and p_operation_type <> 'TRANSFER'
+      then 'operation_type must be DEPOSIT, WITHDRAW or TRANSFER'
     when p_amount is null then 'amount must not be null'
     when p_amount <= 0 then 'amount must be from 1 to 9223372036854775807'
+    when p_hold_uuid is not null then 'hold_uuid must be null'
+    when p_expires_at is not null then 'expires_at must be null'
+    when p_operation_type = 'TRANSFER' and p_counterparty_uuid is null then 'counterparty_uuid must not be null for TRANSFER'
+    when p_operation_type <> 'TRANSFER' and p_counterparty_uuid is not null then 'counterparty_uuid must be null but for TRANSFER'
+    when p_counterparty_uuid = p_wallet_uuid then 'counterparty_uuid must be another wallet'
+    when p_metadata is null then null
+    when jsonb_typeof(p_metadata) <> 'object' then 'metadata must be an object'
+    when octet_length(p_metadata::text) > 2048 then 'metadata must have at most 2048 octets as text'
   end
 $$;
 
-comment on function wallet.argument_fault(uuid, text, bigint) is
-  'Internal: the message of WA400 for an operation that no wallet can accept, else null. The nil UUID (RFC 9562, section 5.9) is '
-  'what an unset field looks like, so it names no operation. '
+comment on function wallet.argument_fault(text, uuid, text, bigint, text, uuid, timestamptz, jsonb) is
+  'Internal: the message of WA400 for an operation that no wallet can accept, else null; names of wallets are looked at only where none is found. '
+  'The nil UUID (RFC 9562, section 5.9) is what an unset field looks like, so it names no operation. '
   'Neither security definer nor pinned, so that it is inlined into its callers, which are.';

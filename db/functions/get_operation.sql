@@ -2,6 +2,7 @@ create or replace function wallet.get_operation(p_wallet_uuid text, p_operation_
 returns wallet.operation
 language plpgsql stable security definer
 set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
 as $$
 declare
   v_operation wallet.operation;
@@ -12,9 +13,15 @@ begin
 
   select o.* into v_operation
   from wallet.operation as o
-  where o.wallet_uuid = p_wallet_uuid and o.operation_uuid = p_operation_uuid;
+  where o.operation_uuid = p_operation_uuid and o.operation_type not in ('RECEIVE', 'EXPIRE');
 
-  if not found then
+  if v_operation.counterparty_uuid = p_wallet_uuid then
+    select o.* into v_operation
+    from wallet.operation as o
+    where o.operation_uuid = p_operation_uuid and o.operation_type = 'RECEIVE';
+  end if;
+
+  if (v_operation.wallet_uuid = p_wallet_uuid) is not true then
     perform wallet.get_wallet(p_wallet_uuid);
     raise sqlstate 'WA414' using message = wallet.fault_message('WA414');
   end if;
@@ -24,5 +31,5 @@ end
 $$;
 
 comment on function wallet.get_operation(text, uuid) is
-  'Returns the row of an operation applied to this wallet. '
+  'Returns the row of an operation applied to this wallet; for the payee of a transfer that is its RECEIVE, under a hold''s name the HOLD. '
   'Raises WA400 (null, or bad wallet name), WA404 (no such wallet), WA414 (this wallet has no such operation).';

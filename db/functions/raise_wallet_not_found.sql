@@ -1,10 +1,10 @@
-create or replace function wallet.raise_wallet_not_found(p_wallet_uuid text)
+create or replace function wallet.raise_wallet_not_found(p_wallet_uuid text, p_counterparty_uuid text default null)
 returns void
 language plpgsql security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_fault text := wallet.name_fault(p_wallet_uuid);
+  v_fault text := wallet.names_fault(p_wallet_uuid, p_counterparty_uuid);
 begin
   if v_fault is not null then
     raise sqlstate 'WA400' using message = v_fault;
@@ -14,6 +14,6 @@ begin
 end
 $$;
 
-comment on function wallet.raise_wallet_not_found(text) is
-  'Internal: says why no wallet was found under this name. A wallet that exists has a good name, so names are looked at only here. '
-  'Raises WA400 (null or bad name) or WA404, always one of them.';
+comment on function wallet.raise_wallet_not_found(text, text) is
+  'Internal: says why no wallet was found under this name, or under one of these two. A wallet that exists has a good name, so names are looked '
+  'at only here. Raises WA400 (null or bad name) or WA404, always one of them.';

@@ -1,5 +1,6 @@
 """The service as its HTTP clients call it."""
 
+from collections.abc import Mapping
 from typing import Any
 from urllib.parse import quote
 from uuid import UUID, uuid4
@@ -16,20 +17,36 @@ def path(wallet: str, below: str = "") -> URL:
     return URL(f"/api/v1/wallets/{quote(wallet, safe='')}{below}", encoded=True)
 
 
-async def create(client: TestClient, wallets: dict[str, int]) -> None:
+async def create(
+    client: TestClient,
+    wallets: dict[str, int],
+    currencies: Mapping[str, str] = {},
+    statuses: Mapping[str, str] = {},
+) -> None:
     """Create wallets that hold so much."""
     for wallet, balance in wallets.items():
-        assert (await client.post("/api/v1/wallets", json={"uuid": wallet})).status == 201
+        new = {"uuid": wallet, "currency": currencies.get(wallet)}
+        assert (await client.post("/api/v1/wallets", json=new)).status == 201
         if balance:
             assert (await deposit(client, wallet, balance)).status == 200
+    for wallet, status in statuses.items():
+        assert (await client.patch(path(wallet), json={"status": status})).status == 200
 
 
 async def apply(
-    client: TestClient, wallet: str, operation_type: str, amount: int, operation: UUID | None = None
+    client: TestClient, wallet: str, operation_type: str, amount: int, operation: UUID | None = None, **more: Any
 ) -> ClientResponse:
     """Ask for an operation; without a name it gets one of its own."""
-    body = {"operation_uuid": str(operation or uuid4()), "operation_type": operation_type, "amount": amount}
+    body = {"operation_uuid": str(operation or uuid4()), "operation_type": operation_type, "amount": amount, **more}
     return await client.post(path(wallet, "/operation"), json=body)
+
+
+async def put(
+    client: TestClient, wallet: str, operation_type: str, amount: int, operation: UUID, **more: Any
+) -> ClientResponse:
+    """Ask for an operation by its own path."""
+    body = {"operation_type": operation_type, "amount": amount, **more}
+    return await client.put(path(wallet, f"/operations/{operation}"), json=body)
 
 
 async def deposit(client: TestClient, wallet: str, amount: int, operation: UUID | None = None) -> ClientResponse:
@@ -38,6 +55,12 @@ async def deposit(client: TestClient, wallet: str, amount: int, operation: UUID 
 
 async def withdraw(client: TestClient, wallet: str, amount: int, operation: UUID | None = None) -> ClientResponse:
     return await apply(client, wallet, "WITHDRAW", amount, operation)
+
+
+async def transfer(
+    client: TestClient, wallet: str, payee: str, amount: int, operation: UUID | None = None
+) -> ClientResponse:
+    return await apply(client, wallet, "TRANSFER", amount, operation, counterparty_uuid=payee)
 
 
 async def balance(client: TestClient, wallet: str) -> int:

@@ -15,6 +15,7 @@ from app.web import body as bodies
 from tests.api.door import MAX, create, deposit, path, problem
 
 A = "aaaaaaaa-0000-4000-8000-00000000000a"
+B = "bbbbbbbb-0000-4000-8000-00000000000b"
 GOOD = {"operation_uuid": A, "operation_type": "DEPOSIT", "amount": 5}
 JSON = {"Content-Type": "application/json"}
 WALLETS = "/api/v1/wallets"
@@ -303,12 +304,123 @@ async def test_the_nil_uuid_names_no_operation(client: TestClient, nil: str) -> 
 
 @pytest.mark.parametrize(
     "operation_type",
-    ['"deposit"', '"Withdraw"', '"TRANSFER"', '""', '" DEPOSIT"', r'"DEPOSIT\u0000"', "1", "true", '["DEPOSIT"]'],
+    ['"deposit"', '"Withdraw"', '"RECEIVE"', '""', '" DEPOSIT"', r'"DEPOSIT\u0000"', "1", "true", '["DEPOSIT"]'],
     ids=["lower_case", "capitalized", "another", "empty", "white_space", "nul", "number", "true", "array"],
 )
 async def test_an_operation_type_that_is_none(client: TestClient, operation_type: str) -> None:
     (error,) = await refuse(client, operation_with("operation_type", operation_type))
     assert error["loc"] == ["body", "operation_type"]
+
+
+@pytest.mark.parametrize("payee", ['"a b"', '""', "1", '["v"]', json.dumps("w" * 65)])
+async def test_a_payee_that_no_wallet_can_be(client: TestClient, payee: str) -> None:
+    body = operation_with("counterparty_uuid", payee).replace(b"DEPOSIT", b"TRANSFER")
+    (error,) = await refuse(client, body)
+    assert error["loc"] == ["body", "counterparty_uuid"]
+
+
+@pytest.mark.parametrize("payee", ["null", '"w"', '"nobody"'])
+async def test_a_transfer_without_another_wallet(client: TestClient, payee: str) -> None:
+    body = operation_with("counterparty_uuid", payee).replace(b"DEPOSIT", b"TRANSFER")
+    if payee == '"nobody"':
+        await problem(await client.post(OPERATION, data=body, headers=JSON), 404, "wallet_not_found")
+    else:
+        await refuse(client, body)
+
+
+NO_METADATA = {
+    "array": b"[]",
+    "text": b'"text"',
+    "number": b"1",
+    "true": b"true",
+    "nul": rb'{"a": "\u0000"}',
+    "nul_in_a_name": rb'{"\\\u0000": 1}',
+    "high_surrogate": rb'{"a": "\ud800b"}',
+    "low_surrogate": rb'{"a": "\ude00"}',
+    "bad_utf_8": b'{"a": "\xff"}',
+    "too_long": b'{"a": "' + b"x" * 2040 + b'"}',
+    "too_long_written_short": b'{"a": 1e2041}',
+    "huge_exponent": b'{"a": 1e131072}',
+    "tiny_exponent": b'{"a": 1e-16384}',
+    "exponent_of_20_digits": b'{"a": 1e99999999999999999999}',
+    "deep": b'{"a": ' + b"[" * 1020 + b"]" * 1020 + b"}",
+    "5000_digits": b'{"a": ' + b"9" * 5000 + b"}",
+}
+
+
+@pytest.mark.parametrize("metadata", NO_METADATA.values(), ids=NO_METADATA)
+async def test_metadata_that_jsonb_cannot_hold_is_refused_to_its_own_request(
+    client: TestClient, metadata: bytes
+) -> None:
+    await refuse(
+        client,
+        b'{"operation_uuid": "%s", "operation_type": "DEPOSIT", "amount": 5, "metadata": %s}' % (A.encode(), metadata),
+    )
+    item = b'{"wallet_uuid": "%s", "operation_uuid": "%s", "operation_type": "WITHDRAW", "amount": %d, "metadata": %s}'
+    body = b'{"operations": [%s, %s]}' % (item % (b"w", A.encode(), 1, metadata), item % (b"w", B.encode(), 101, b"{}"))
+    answer = await client.post("/api/v1/operations", data=body, headers=JSON)
+    if answer.status == 400:  # it is no JSON object at all
+        names = ("array", "text", "number", "true", "high_surrogate", "low_surrogate", "deep")
+        assert metadata in [NO_METADATA[name] for name in names]
+        return
+    codes = [result["code"] for result in (await answer.json())["results"]]
+    assert codes == ["invalid_request", "insufficient_funds"]
+
+
+@pytest.mark.parametrize(
+    "currency", ['"eur"', '"EU"', '"EUR "', '"EURO-EURO"', '"ABCDEFGHIJKLM"', '""', "1", '"EUR\\n"']
+)
+async def test_a_currency_that_no_wallet_can_have(client: TestClient, currency: str) -> None:
+    (error,) = await refuse(client, f'{{"currency": {currency}}}'.encode(), WALLETS)
+    assert error["loc"] == ["body", "currency"]
+    answer = await client.put(f"{WALLETS}/new", data=f'{{"currency": {currency}}}', headers=JSON)
+    await problem(answer, 400, "invalid_request")
+
+
+@pytest.mark.parametrize(
+    "body", [{}, {"status": "open"}, {"status": None}, {"status": "OPEN", "balance": 1}, [], "OPEN"]
+)
+async def test_a_status_that_there_is_not(client: TestClient, body: Any) -> None:
+    await problem(await client.patch(f"{WALLETS}/w", json=body), 400, "invalid_request")
+
+
+TIMES = [
+    "",
+    "now",
+    "2026-01-01",
+    "2026-01-01T00:00:00",
+    "2026-01-01 00:00:00Z",
+    "2026-01-01T00:00Z",
+    "2026-01-01T00:00:00 03:00",
+    "2026-01-01T00:00:00+0300",
+    "2026-01-01T00:00:00+24:00",
+    "2026-01-01T00:00:00.Z",
+    "2026-01-01T00:00:00.1234567Z",
+    "2026-02-29T00:00:00Z",
+    "2026-01-01T24:00:00Z",
+    "2026-01-01T23:59:60Z",
+    "0000-01-01T00:00:00Z",
+    "10000-01-01T00:00:00Z",
+    "-0001-01-01T00:00:00Z",
+    "\N{ARABIC-INDIC DIGIT TWO}026-01-01T00:00:00Z",
+    "infinity",
+    "1767225600",
+    "null",
+]
+
+
+@pytest.mark.parametrize(("parameter", "below"), [("at", "balance"), ("from", "operations"), ("to", "operations")])
+@pytest.mark.parametrize("value", TIMES, ids=ascii)
+async def test_a_time_that_is_none(client: TestClient, value: str, parameter: str, below: str) -> None:
+    answer = await client.get(f"{WALLETS}/w/{below}", params={parameter: value})
+    told = await problem(answer, 400, "invalid_request")
+    assert told["errors"][0]["loc"] == ["query", parameter]
+
+
+@pytest.mark.parametrize("after", ["", "a b", "w" * 65, "\0", "\N{MONEY BAG}"], ids=ascii)
+async def test_a_page_of_wallets_after_a_name_that_none_can_have(client: TestClient, after: str) -> None:
+    told = await problem(await client.get(WALLETS, params={"after": after}), 400, "invalid_request")
+    assert told["errors"][0]["loc"] == ["query", "after"]
 
 
 # Names
@@ -447,22 +559,23 @@ async def test_outside_of_the_api_a_parameter_is_nobody_s_business(client: TestC
 # Methods and paths
 
 
-@pytest.mark.parametrize("method", ["PUT", "DELETE", "PATCH", "OPTIONS"])
 @pytest.mark.parametrize(
     ("url", "allowed"),
     [
-        (WALLETS, {"POST"}),
-        (f"{WALLETS}/w", {"GET", "HEAD"}),
+        (WALLETS, {"GET", "HEAD", "POST"}),
+        (f"{WALLETS}/w", {"GET", "HEAD", "PUT", "PATCH"}),
+        (f"{WALLETS}/w/balance", {"GET", "HEAD"}),
         (OPERATION, {"POST"}),
         (f"{WALLETS}/w/operations", {"GET", "HEAD"}),
-        (f"{WALLETS}/w/operations/{A}", {"GET", "HEAD"}),
+        (f"{WALLETS}/w/operations/{A}", {"GET", "HEAD", "PUT"}),
     ],
-    ids=["wallets", "wallet", "operation", "operations", "one_operation"],
+    ids=["wallets", "wallet", "balance", "operation", "operations", "one_operation"],
 )
-async def test_a_method_that_is_not_allowed(client: TestClient, url: str, allowed: set[str], method: str) -> None:
-    answer = await client.request(method, url, json=GOOD)
-    await problem(answer, 405, "method_not_allowed")
-    assert set(answer.headers["Allow"].split(",")) == allowed
+async def test_a_method_that_is_not_allowed(client: TestClient, url: str, allowed: set[str]) -> None:
+    for method in {"POST", "PUT", "DELETE", "PATCH", "OPTIONS"} - allowed:
+        answer = await client.request(method, url, json=GOOD)
+        await problem(answer, 405, "method_not_allowed")
+        assert set(answer.headers["Allow"].split(",")) == allowed
 
 
 @pytest.mark.parametrize(

@@ -20,9 +20,7 @@ from app.settings import Settings
 from app.web.application import make_app
 from app.web.body import BULK_BODY_LIMIT
 from tests.api.door import MAX, balance, create, deposit, history, problem, withdraw
-from tests.api.test_cases import PROBLEMS
 from tests.api.test_lanes import locked, proxy, through, until, waiting_backends
-from tests.cases import CASES, MESSAGES, NIL, NIL_MESSAGE, Case
 from tests.proxy import Point, Proxy
 
 __all__ = ["proxy"]  # a fixture
@@ -69,7 +67,7 @@ async def results(client: TestClient, operations: list[dict[str, Any]]) -> list[
 
 
 def success(balance_after: int, seq: int) -> dict[str, Any]:
-    return {"applied": True, "balance_after": balance_after, "seq": seq}
+    return {"applied": True, "balance_after": balance_after, "held_after": 0, "seq": seq}
 
 
 def refusal(code: str, detail: str) -> dict[str, Any]:
@@ -83,7 +81,7 @@ FOREIGN = refusal("duplicate_operation", "Transaction already exists")
 def duplicate(operation: dict[str, Any], balance_after: int, seq: int, *, same_request: bool = True) -> dict[str, Any]:
     """What a duplicate of the same wallet is told, without the time: the operation that is recorded."""
     return FOREIGN | {
-        "operation": operation | {"balance_after": balance_after, "seq": seq},
+        "operation": operation | {"balance_after": balance_after, "held_after": 0, "seq": seq},
         "same_request": same_request,
     }
 
@@ -288,30 +286,6 @@ async def test_a_body_has_a_limit_of_its_own(send: Any, client: TestClient) -> N
 
     await problem(too_large, 413, "body_too_large")
     assert len(await history(client, "w")) == 1
-
-
-@pytest.mark.parametrize("case", CASES, ids=[case.name.replace(" ", "_") for case in CASES])
-async def test_all_in_one_request(case: Case, client: TestClient) -> None:
-    await create(client, case.wallets)
-    operations = [item(request.wallet, request.type, request.amount, request.operation) for request in case.requests]
-    # What no body may hold makes the whole request invalid; that the nil UUID names nothing is said by the function.
-    malformed = [request.outcome == "WA400" and request.operation != NIL for request in case.requests]
-
-    if any(malformed):
-        told = await problem(await bulk(client, operations), 400, "invalid_request")
-        assert told["errors"][0]["loc"][:3] == ["body", "operations", malformed.index(True)]
-        return
-
-    for request, result in zip(case.requests, await results(client, operations), strict=True):
-        if request.outcome is None:
-            assert result["applied"] is True
-        else:
-            message = MESSAGES.get(request.outcome, NIL_MESSAGE)
-            told = {name: result[name] for name in ("applied", "code", "detail")}
-            assert result.keys() - told.keys() in (set(), {"operation", "same_request"})
-            assert ("operation" in result) <= (request.outcome == "WA409")
-            assert told == refusal(PROBLEMS[request.outcome][1], message)
-    assert {wallet: await balance(client, wallet) for wallet in case.wallets} == case.balances
 
 
 async def test_names_and_amounts_arrive_as_they_are(client: TestClient) -> None:

@@ -1,25 +1,135 @@
-"""The table of cases over REST."""
+"""The table of cases over REST: one by one, in bulk, and all or nothing."""
+
+from typing import Any
 
 import psycopg
 import pytest
+from aiohttp import ClientResponse
 from aiohttp.test_utils import TestClient
 
-from tests.api.door import apply, balance, create, problem
-from tests.cases import CASES, MESSAGES, PROBLEMS, Case
+from tests.api.door import apply, balance, create, path, problem, put
+from tests.cases import CASES, MESSAGES, PROBLEMS, Case, Request
+
+CODES = {"WA425": "not_applied"} | {sqlstate: code for sqlstate, (_, code) in PROBLEMS.items()}
+each_case = pytest.mark.parametrize("case", CASES, ids=[case.name.replace(" ", "_") for case in CASES])
 
 
-@pytest.mark.parametrize("case", CASES, ids=[case.name.replace(" ", "_") for case in CASES])
+def terms_of(request: Request) -> dict[str, Any]:
+    """Return what a request's body has beside its names, its type and its amount."""
+    more = {
+        "counterparty_uuid": request.counterparty,
+        "hold_uuid": request.hold and str(request.hold),
+        "expires_at": request.expires_at and request.expires_at.isoformat(),
+        "metadata": request.metadata,
+    }
+    return {name: value for name, value in more.items() if value is not None}
+
+
+def item_of(request: Request) -> dict[str, Any]:
+    """Return a request as an operation of a bulk request."""
+    names = {"wallet_uuid": request.wallet, "operation_uuid": str(request.operation)}
+    return names | {"operation_type": request.type, "amount": request.amount} | terms_of(request)
+
+
+async def is_refused(answer: ClientResponse, outcome: str, status: int | None = None) -> dict[str, Any]:
+    told = await problem(answer, status or PROBLEMS[outcome][0], PROBLEMS[outcome][1])
+    assert told["detail"] == MESSAGES.get(outcome, told["detail"])
+    return told
+
+
+async def balances(client: TestClient, case: Case) -> dict[str, int]:
+    return {wallet: await balance(client, wallet) for wallet in case.wallets}
+
+
+@each_case
 async def test_one_by_one(case: Case, client: TestClient, service: psycopg.Connection) -> None:
-    await create(client, case.wallets)
+    await create(client, case.wallets, case.currencies, case.statuses)
 
     for request in case.requests:
-        answer = await apply(client, request.wallet, request.type, request.amount, request.operation)
+        answer = await apply(
+            client, request.wallet, request.type, request.amount, request.operation, **terms_of(request)
+        )
         if request.outcome is None:
             assert (answer.status, await answer.json()) == (200, str(request.operation))
         else:
-            told = await problem(answer, *PROBLEMS[request.outcome])
-            if request.outcome in MESSAGES:
-                assert told["detail"] == MESSAGES[request.outcome]
+            await is_refused(answer, request.outcome)
 
-    assert {wallet: await balance(client, wallet) for wallet in case.wallets} == case.balances
+    assert await balances(client, case) == case.balances
     assert service.execute("select * from wallet.verify()").fetchall() == []
+
+
+@each_case
+async def test_put_one_by_one(case: Case, client: TestClient, service: psycopg.Connection) -> None:
+    await create(client, case.wallets, case.currencies, case.statuses)
+    applied: dict[object, tuple[Request, Any]] = {}
+
+    for request in case.requests:
+        answer = await put(client, request.wallet, request.type, request.amount, request.operation, **terms_of(request))
+        first, recorded = applied.get(request.operation, (request, None))
+        if request.outcome is None:
+            assert answer.status == 201
+            applied[request.operation] = request, await answer.json()
+            assert await read(client, request) == applied[request.operation][1]
+        elif request.outcome == "WA409" and request._replace(outcome=None) == first:
+            assert (answer.status, await answer.json()) == (200, recorded)
+        elif request.outcome == "WA409":
+            told = await is_refused(answer, "WA409", 409)
+            is_own = request.wallet == first.wallet
+            assert (told.get("operation"), told.get("same_request")) == ((recorded, False) if is_own else (None, None))
+        else:
+            await is_refused(answer, request.outcome)
+
+    assert await balances(client, case) == case.balances
+    assert service.execute("select * from wallet.verify()").fetchall() == []
+
+
+async def read(client: TestClient, request: Request) -> Any:
+    return await (await client.get(path(request.wallet, f"/operations/{request.operation}"))).json()
+
+
+@each_case
+async def test_all_in_one_request(case: Case, client: TestClient, service: psycopg.Connection) -> None:
+    await create(client, case.wallets, case.currencies, case.statuses)
+
+    answer = await client.post("/api/v1/operations", json={"operations": list(map(item_of, case.requests))})
+
+    if answer.status == 400:  # what can be seen without the database refuses the whole request
+        assert (await is_refused(answer, "WA400"))["errors"][0]["loc"][:2] == ["body", "operations"]
+        assert "WA400" in {request.outcome for request in case.requests}
+        assert await balances(client, case) == case.wallets
+        return
+    assert answer.status == 200
+    for request, result in zip(case.requests, (await answer.json())["results"], strict=True):
+        assert result["operation_uuid"] == str(request.operation)
+        assert result["applied"] is (request.outcome is None)
+        if request.outcome is not None:
+            assert result["code"] == PROBLEMS[request.outcome][1]
+            assert result["detail"] == MESSAGES.get(request.outcome, result["detail"])
+    assert await balances(client, case) == case.balances
+    assert service.execute("select * from wallet.verify()").fetchall() == []
+
+
+@each_case
+async def test_all_or_nothing(case: Case, client: TestClient, service: psycopg.Connection) -> None:
+    await create(client, case.wallets, case.currencies, case.statuses)
+    wanted = {"operations": list(map(item_of, case.requests)), "atomic": True}
+
+    answer = await client.post("/api/v1/operations", json=wanted)
+
+    if answer.status == 400:
+        await is_refused(answer, "WA400")
+        assert await balances(client, case) == case.wallets
+        return
+    refused = any(request.outcome is not None for request in case.requests)
+    for request, result in zip(case.requests, (await answer.json())["results"], strict=True):
+        if not refused:
+            assert result["applied"]
+            continue
+        outcome = request.outcome or "WA425"
+        assert (result["applied"], result["code"]) == (False, CODES[outcome])
+        assert result["detail"] == MESSAGES.get(outcome, result["detail"])
+    assert await balances(client, case) == (case.wallets if refused else case.balances)
+    assert service.execute("select * from wallet.verify()").fetchall() == []
+    if not refused:
+        again = await (await client.post("/api/v1/operations", json=wanted)).json()
+        assert [result["same_request"] for result in again["results"]] == [True] * len(case.requests)

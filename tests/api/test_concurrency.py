@@ -11,7 +11,7 @@ import pytest
 from aiohttp import ClientResponse
 from aiohttp.test_utils import TestClient
 
-from tests.api.door import apply, balance, create, deposit, history, problem, withdraw
+from tests.api.door import apply, balance, create, deposit, history, problem, put, transfer, withdraw
 
 A = UUID("aaaaaaaa-0000-4000-8000-00000000000a")
 DUPLICATE = (400, "duplicate_operation")
@@ -106,3 +106,70 @@ async def test_a_name_is_given_to_one_of_16_who_ask_for_it(client: TestClient) -
     outcomes = await at_once(*(client.post("/api/v1/wallets", json={"uuid": "w"}) for _ in range(16)))
 
     assert outcomes == {CREATED: 1, (400, "wallet_exists"): 15}
+
+
+async def test_64_clients_put_one_operation_and_one_applies_it(client: TestClient) -> None:
+    await create(client, {"w": 100, "v": 0})
+
+    answers = await asyncio.gather(
+        *(put(client, "w", "TRANSFER", 10, A, counterparty_uuid="v", metadata={"a": 1}) for _ in range(64))
+    )
+
+    assert Counter(answer.status for answer in answers) == {201: 1, 200: 63}
+    recorded = (await history(client, "w"))[-1]
+    assert [await answer.json() for answer in answers] == [recorded] * 64
+    assert (await balance(client, "w"), await balance(client, "v")) == (90, 10)
+
+
+async def test_opposing_transfers_of_64_clients_move_what_they_say(client: TestClient) -> None:
+    names = [f"w{number}" for number in range(8)]
+    await create(client, dict.fromkeys(names, 100))
+    moved: Counter[str] = Counter()
+
+    async def one_client(number: int) -> None:
+        chance = random.Random(number)
+        for _ in range(10):
+            payer, payee = chance.sample(names, 2)
+            amount = chance.randint(1, 60)
+            if chance.random() < 0.3:
+                back = {"operation_type": "TRANSFER", "operation_uuid": str(uuid4()), "amount": 1}
+                there = back | {"operation_uuid": str(uuid4()), "amount": amount}
+                items = [
+                    there | {"wallet_uuid": payer, "counterparty_uuid": payee},
+                    back | {"wallet_uuid": payee, "counterparty_uuid": payer},
+                ]
+                answer = await client.post("/api/v1/operations", json={"operations": items, "atomic": True})
+                results = (await answer.json())["results"]
+                assert len({result["applied"] for result in results}) == 1
+                net = amount - 1 if results[0]["applied"] else 0
+            else:
+                answer = await transfer(client, payer, payee, amount)
+                net = amount if answer.status == 200 else 0
+                if not net:
+                    await problem(answer, *NO_MONEY)
+            moved[payer] -= net
+            moved[payee] += net
+
+    await asyncio.gather(*(one_client(number) for number in range(64)))
+
+    assert {name: await balance(client, name) for name in names} == {name: 100 + moved[name] for name in names}
+    assert sum([await balance(client, name) for name in names]) == 800
+
+
+async def test_a_uuid_is_one_operation_as_a_transfer_and_as_a_deposit_at_both_wallets(client: TestClient) -> None:
+    await create(client, {"w": 100, "v": 100})
+
+    outcomes = await at_once(
+        *(
+            request
+            for _ in range(8)
+            for request in (
+                transfer(client, "w", "v", 10, A),
+                transfer(client, "v", "w", 10, A),
+                deposit(client, "w", 10, A),
+                deposit(client, "v", 10, A),
+            )
+        )
+    )
+
+    assert outcomes == {APPLIED: 1, DUPLICATE: 31}

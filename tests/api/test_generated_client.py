@@ -88,8 +88,31 @@ async def test_a_generated_client_gets_every_answer_whole(client: TestClient, wa
         assert (applied.applied, applied.balance_after, applied.seq) == (True, 17, 3)
         assert (refused.applied, refused.code) == (False, "duplicate_operation")
 
+        zoe = call("wallets.put_wallet", "zoe")
+        assert (zoe.currency, zoe.status, zoe.seq) == (None, "OPEN", 0)
+        terms = models.OperationTerms(
+            models.OperationType("TRANSFER"), 7, "zoe", models.MetadataType0.from_dict({"order": [4711]})
+        )
+        transfer = str(uuid4())
+        for _ in range(2):  # applied now, and before
+            paid = call("operations.put_operation", "ann", transfer, body=terms)
+            assert (paid.counterparty_uuid, paid.balance_after, paid.metadata["order"]) == ("zoe", 10, [4711])
+        received = call("operations.get_operation", "zoe", transfer)
+        assert (received.operation_type, received.counterparty_uuid) == ("RECEIVE", "ann")
+        terms.amount = 8
+        assert call("operations.put_operation", "ann", transfer, body=terms).same_request is False
+        assert call("wallets.get_balance", "zoe", at=received.created_at).available == 7
+        assert call("wallets.set_status", "zoe", body=models.StatusRequest(models.WalletStatus("FROZEN"))).balance == 7
+        wallets = call("wallets.list_wallets", limit=1, after="yes")
+        assert ([one.uuid for one in wallets.wallets], wallets.next_ is None) == (["zoe"], True)
+        both = [
+            models.BulkOperation(wallet, str(uuid4()), models.OperationType("WITHDRAW"), 1) for wallet in ("ann", "zoe")
+        ]
+        told = call("operations.apply_operations", body=models.BulkRequest(both, atomic=True)).results
+        assert [one.code for one in told] == ["not_applied", "wallet_frozen"]
+
         page = call("operations.list_operations", "ann", limit=2)
-        assert ([one.seq for one in page.operations], page.next_) == ([3, 2], 2)
+        assert ([one.seq for one in page.operations], page.next_) == ([4, 3], 3)
         assert call("operations.list_operations", "ann", limit=2, before=page.next_).next_ is None
         assert call("operations.get_operation", "ann", operation).seq == 2
         assert call("operations.get_operation", "ann", str(uuid4())).code == "operation_not_found"

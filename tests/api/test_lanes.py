@@ -26,11 +26,12 @@ from app.calls.database import connect
 from app.calls.dispatch import LANES
 from app.calls.lane import Lane
 from app.calls.line import Line, Outcome, Request
+from app.calls.trouble import Trouble
 from app.server.embedded import Postgres, connection_url
 from app.server.migrations import LOGIN, bring_up_to_date
 from app.settings import Settings
 from app.web.application import make_app
-from tests.api.door import MAX, apply, balance, create, deposit, history, path, problem, withdraw
+from tests.api.door import MAX, apply, balance, create, deposit, history, path, problem, put, withdraw
 from tests.conftest import url_of
 from tests.proxy import Http, Point, Proxy
 from tests.proxy import Postgres as PostgresTalk
@@ -649,7 +650,7 @@ async def test_each_of_hundreds_of_requests_gets_its_own_answer(client: TestClie
 
 @contextlib.asynccontextmanager
 async def running_lane(settings: Settings, *lines: Line) -> AsyncIterator[Lane]:
-    lane = Lane("0", settings.lane_batch, settings.lane_queue, settings.request_deadline)
+    lane = Lane("0", settings.lane_batch, settings.lane_queue, settings.request_deadline, Trouble())
     tasks = [asyncio.create_task(lane.run(line)) for line in lines]
     try:
         yield lane
@@ -714,9 +715,9 @@ async def test_no_request_hangs_whenever_it_arrives(
         assert outcome.sqlstate in (None, "WA404", "WA402", "WA409")
         if outcome.sqlstate is None:
             assert outcome.seq not in recorded[request.wallet_uuid]
-            recorded[request.wallet_uuid][outcome.seq] = (*request[1:], outcome.balance_after)
+            recorded[request.wallet_uuid][outcome.seq] = (*request[1:4], outcome.balance_after)
         elif outcome.sqlstate == "WA409":
-            assert outcome.is_repeat_of(request)
+            assert outcome.is_repeat()
     assert all(outcomes.count(None) <= 1 for outcomes in told.values())
 
     for wallet in wallets[:-1]:
@@ -923,7 +924,104 @@ async def test_what_shares_a_call_with_an_overdue_request_goes_on(
         assert (await second).status == 200
 
 
+REFUSED = """
+create function public.refuse() returns trigger language plpgsql as $$ begin raise exception 'nothing'; end $$;
+create constraint trigger refuse after insert on wallet.operation deferrable initially deferred
+  for each row when (new.wallet_uuid = 'refused') execute function public.refuse();
+"""
+
+
+async def test_what_a_call_in_parts_had_applied_when_it_was_given_up_is_recognised(
+    client: TestClient, database_url: str, superuser: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused at its commit, a call is made in parts; its time is over between two of them, with none under way."""
+    await create(client, {"v": 0, "refused": 0})
+    superuser.execute(REFUSED.encode())
+    line = Line(Settings(database_url=database_url))
+    requests = [Request(wallet, uuid4(), "DEPOSIT", 5) for wallet in ("w", "v", "refused")]
+    now = asyncio.get_running_loop().time
+
+    with monkeypatch.context() as changed:
+        changed.setattr(lines, "pauses", lambda: iter([10.0]))
+        with pytest.raises(TimeoutError):
+            await line.apply(requests, now() + 1)
+    assert [await balance(client, one) for one in ("w", "v", "refused")] == [105, 5, 0]
+    outcomes = await line.apply(requests, now() + 5, again=True)
+
+    await line.close()
+    assert [outcome.sqlstate for outcome in outcomes] == [None, None, "P0001"]
+    assert [await balance(client, one) for one in ("w", "v", "refused")] == [105, 5, 0]
+
+
+@pytest.mark.parametrize("point", Point)
+async def test_a_put_that_the_service_sends_twice_is_applied_now(point: Point, proxy: Proxy, lossy: TestClient) -> None:
+    cut = proxy.cut_next(CALL, point)
+
+    answer = await put(lossy, "w", "WITHDRAW", 5, A, metadata={"a": 1})
+
+    assert cut.done()
+    assert (answer.status, await answer.json()) == (201, (await history(lossy, "w"))[-1])
+    assert (await put(lossy, "w", "WITHDRAW", 5, A, metadata={"a": 1})).status == 200
+    assert await balance(lossy, "w") == 95
+
+
+@pytest.mark.parametrize("amount", [100, 101], ids=["all", "none"])
+@pytest.mark.parametrize("point", Point)
+async def test_an_atomic_call_that_is_lost_is_applied_as_a_whole_or_not_at_all(
+    point: Point, amount: int, proxy: Proxy, lossy: TestClient
+) -> None:
+    await create(lossy, {"v": 0})
+    moves = [("w", "TRANSFER", amount, "v"), ("v", "WITHDRAW", amount, None)]
+    operations = [
+        {"wallet_uuid": w, "operation_uuid": str(uuid4()), "operation_type": t, "amount": a, "counterparty_uuid": c}
+        for w, t, a, c in moves
+    ]
+    assert (await deposit(lossy, "v", 1, A)).status == 200
+    cut = proxy.cut_next(CALL, point)
+
+    answer = await lossy.post("/api/v1/operations", json={"operations": operations, "atomic": True})
+
+    assert cut.done()
+    results = (await answer.json())["results"]
+    assert [result["applied"] for result in results] == [amount == 100] * 2
+    if amount == 101:
+        assert {result["code"] for result in results} == {"insufficient_funds"}
+    assert [await balance(lossy, one) for one in ("w", "v")] == ([0, 1] if amount == 100 else [100, 1])
+
+
+@pytest.mark.parametrize("point", Point)
+async def test_a_lost_atomic_call_with_a_duplicate_applies_nothing(
+    point: Point, proxy: Proxy, lossy: TestClient
+) -> None:
+    assert (await deposit(lossy, "w", 5, A)).status == 200
+    operations = [
+        {"wallet_uuid": "w", "operation_uuid": str(one), "operation_type": "DEPOSIT", "amount": 5} for one in (A, B)
+    ]
+    cut = proxy.cut_next(CALL, point)
+
+    answer = await lossy.post("/api/v1/operations", json={"operations": operations, "atomic": True})
+
+    assert cut.done()
+    results = (await answer.json())["results"]
+    assert [result["code"] for result in results] == ["duplicate_operation", "not_applied"]
+    assert await balance(lossy, "w") == 105
+
+
 # What goes together
+
+
+async def test_an_atomic_request_shares_its_call_with_nobody(client: TestClient, database_url: str) -> None:
+    settings = Settings(database_url=database_url)
+    line = WatchedLine(settings)
+    sizes = [(1, False), (2, False), (3, True), (4, True), (5, False), (6, False)]
+    async with running_lane(settings, line) as lane:
+        await until(lambda: line._connection is not None and line._clock is not None)
+        futures = [
+            lane.apply([Request("w", uuid4(), "DEPOSIT", 1) for _ in range(size)], atomic=atomic)
+            for size, atomic in sizes
+        ]
+        await asyncio.gather(*futures)
+    assert line.calls == [3, 3, 4, 11]
 
 
 class WatchedLine(Line):
@@ -933,9 +1031,11 @@ class WatchedLine(Line):
         super().__init__(settings)
         self.calls: list[int] = []
 
-    async def apply(self, requests: Sequence[Request], last: float, *, again: bool = False) -> list[Outcome]:
+    async def apply(
+        self, requests: Sequence[Request], last: float, *, again: bool = False, atomic: bool = False
+    ) -> list[Outcome]:
         self.calls.append(len(requests))
-        return await super().apply(requests, last, again=again)
+        return await super().apply(requests, last, again=again, atomic=atomic)
 
 
 async def test_an_idle_lane_sends_at_once(client: TestClient, database_url: str) -> None:
@@ -1028,5 +1128,5 @@ async def test_a_service_that_stops_answers_what_it_accepted(superuser: psycopg.
         began = time.monotonic()
         await stopping
         assert time.monotonic() - began < 5
-    assert superuser.execute("select balance, seq from wallet.wallet").fetchall() == [(41, 21)]
+    assert superuser.execute("select balance, seq from wallet.balance").fetchall() == [(41, 21)]
     await until(lambda: lane_pids(superuser) == [])

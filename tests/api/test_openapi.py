@@ -31,6 +31,7 @@ from tests.conftest import url_of
 
 DOCUMENT: dict[str, Any] = json.loads(docs.description())
 REQUEST_ID = DOCUMENT["components"]["parameters"]["RequestId"]["example"]
+JSON = {"Content-Type": "application/json"}
 METHODS = {"get", "put", "post", "delete", "options", "head", "patch", "trace"}
 WITHDRAWAL = {"operation_uuid": "aaaaaaaa-0000-4000-8000-00000000000a", "operation_type": "WITHDRAW", "amount": 1}
 
@@ -53,7 +54,7 @@ def resolved(node: dict[str, Any]) -> dict[str, Any]:
 def operations() -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Return path, method and description of every operation in the document, in its order."""
     for path, item in DOCUMENT["paths"].items():
-        for method in METHODS & item.keys():
+        for method in item:
             parameters = item[method].get("parameters", [])
             yield path, method, item[method] | {"parameters": [resolved(parameter) for parameter in parameters]}
 
@@ -240,7 +241,7 @@ def masked(value: Any) -> Any:
         return [masked(item) for item in value]
     if not isinstance(value, dict):
         return value
-    value = {key: "a time" if key == "created_at" else masked(item) for key, item in value.items()}
+    value = {key: "a time" if key.endswith("_at") else masked(item) for key, item in value.items()}
     if "balance" in value and re.fullmatch("[0-9a-f-]{36}", value["uuid"]):
         assert UUID(value["uuid"]).version == 4
         value["uuid"] = "a random UUID"
@@ -263,7 +264,7 @@ def test_every_problem_that_an_operation_has_to_itself_has_an_example() -> None:
     """The shared ones are below: they need more than a request."""
     for _, _, operation in operations():
         for status, response in operation["responses"].items():
-            if status in ("400", "404"):
+            if status in ("400", "404", "409"):
                 content = response["content"]["application/problem+json"]
                 shown = {example["value"]["code"] for example in content["examples"].values()}
                 assert shown == codes_of(response), operation["operationId"]
@@ -326,8 +327,14 @@ def closed(node: Any) -> Any:
 
 
 OUTCOMES = [
-    {"properties": {"applied": {"const": True}, "code": False, "detail": False}, "required": ["balance_after", "seq"]},
-    {"properties": {"applied": {"const": False}, "balance_after": False, "seq": False}, "required": ["code", "detail"]},
+    {
+        "properties": {"applied": {"const": True}, "code": False, "detail": False},
+        "required": ["balance_after", "held_after", "seq"],
+    },
+    {
+        "properties": {"applied": {"const": False}, "balance_after": False, "held_after": False, "seq": False},
+        "required": ["code", "detail"],
+    },
 ]
 """The two kinds of a bulk request's results."""
 
@@ -368,65 +375,70 @@ async def is_response(answer: ClientResponse, response: dict[str, Any], **but: o
         assert header in answer.headers
 
 
-def with_answer(status: str) -> list[str]:
-    """Return the paths of the operations that are described with this answer."""
-    found = [
-        path.replace("{wallet_uuid}", "w") for path, _, operation in operations() if status in operation["responses"]
-    ]
+def with_answer(status: str) -> list[tuple[str, str, Any]]:
+    """Return method, path and a body of the operations that are described with this answer."""
+    found = []
+    for path, method, operation in operations():
+        if status in operation["responses"]:
+            url = path.replace("{wallet_uuid}", "w").replace("{operation_uuid}", WITHDRAWAL["operation_uuid"])
+            found.append((method, url, next(iter(requests_of(operation).values()), None)))
     assert found
     return found
 
 
-@pytest.mark.parametrize("path", with_answer("413"))
-async def test_a_body_that_is_too_large_is_answered_as_shown(client: TestClient, path: str) -> None:
+def each_with_answer(status: str) -> pytest.MarkDecorator:
+    """Run a test for each operation that is described with this answer, with its method, path and a body."""
+    found = with_answer(status)
+    return pytest.mark.parametrize(("method", "path", "body"), found, ids=[f"{one[0]} {one[1]}" for one in found])
+
+
+@each_with_answer("413")
+async def test_a_body_that_is_too_large_is_answered_as_shown(
+    client: TestClient, method: str, path: str, body: Any
+) -> None:
     limit = bodies.BULK_BODY_LIMIT if path == "/api/v1/operations" else bodies.BODY_LIMIT
-    answer = await client.post(path, data=b" " * (limit + 1), headers={"Content-Type": "application/json"})
+    spaces = b" " * (limit + 1 - len(json.dumps(body)))
+    answer = await client.request(method, path, data=json.dumps(body).encode() + spaces, headers=JSON)
     # Python's word for 413 has changed with RFC 9110.
     await is_as_shown(answer, "BodyTooLarge", detail=f"A body may have {limit} bytes", title=HTTPStatus(413).phrase)
 
 
-@pytest.mark.parametrize("path", with_answer("415"))
-async def test_a_body_of_another_type_is_answered_as_shown(client: TestClient, path: str) -> None:
-    await is_as_shown(
-        await client.post(path, data=b"{}", headers={"Content-Type": "text/plain"}), "UnsupportedMediaType"
-    )
+@each_with_answer("415")
+async def test_a_body_of_another_type_is_answered_as_shown(
+    client: TestClient, method: str, path: str, body: Any
+) -> None:
+    answer = await client.request(method, path, data=json.dumps(body), headers={"Content-Type": "text/plain"})
+    await is_as_shown(answer, "UnsupportedMediaType")
 
 
-@pytest.mark.parametrize("path", with_answer("408"))
+@each_with_answer("408")
 async def test_a_body_that_does_not_arrive_is_answered_as_shown(
-    client: TestClient, monkeypatch: pytest.MonkeyPatch, path: str
+    client: TestClient, monkeypatch: pytest.MonkeyPatch, method: str, path: str, body: Any
 ) -> None:
     monkeypatch.setattr(bodies, "BODY_TIMEOUT", 0.1)
 
     async def half_a_body() -> AsyncIterator[bytes]:
-        yield b"{"
+        yield json.dumps(body).encode()[:1]
         await asyncio.sleep(5)
 
-    answer = await client.post(path, data=half_a_body(), headers={"Content-Type": "application/json"})
+    answer = await client.request(method, path, data=half_a_body(), headers=JSON)
     await is_as_shown(answer, "RequestTimeout", detail="The body did not arrive within 0.1 seconds")
 
 
-@pytest.mark.parametrize("path", with_answer("429"))
-async def test_an_overload_is_answered_as_shown(database_url: str, aiohttp_client: AiohttpClient, path: str) -> None:
+@each_with_answer("429")
+async def test_an_overload_is_answered_as_shown(
+    database_url: str, aiohttp_client: AiohttpClient, method: str, path: str, body: Any
+) -> None:
     client = await aiohttp_client(make_app(Settings(database_url=database_url, lane_queue=0, bulk_queue=0)))
-    body = {"operations": [{"wallet_uuid": "w"} | WITHDRAWAL]} if path == "/api/v1/operations" else WITHDRAWAL
-    await is_as_shown(await client.post(path, json=body), "Overloaded")
+    await is_as_shown(await client.request(method, path, json=body), "Overloaded")
 
 
 async def test_a_database_that_is_away_is_answered_as_shown(aiohttp_client: AiohttpClient) -> None:
     nowhere = "postgres://nobody@/nothing?host=/nonexistent"
     client = await aiohttp_client(make_app(Settings(database_url=nowhere, request_deadline=0.2)))
-    paths = [path for path in with_answer("503") if path != "/readyz"]
-    bodies = {
-        "/api/v1/wallets": {},
-        "/api/v1/wallets/w/operation": WITHDRAWAL,
-        "/api/v1/operations": {"operations": [{"wallet_uuid": "w"} | WITHDRAWAL]},
-    }
-    assert bodies.keys() < set(paths)
-    for path in paths:
-        url = path.replace("{operation_uuid}", WITHDRAWAL["operation_uuid"])
-        answer = await (client.post(url, json=bodies[path]) if path in bodies else client.get(url))
-        await is_as_shown(answer, "Unavailable")
+    for method, path, body in with_answer("503"):
+        if path != "/readyz":
+            await is_as_shown(await client.request(method, path, json=body), "Unavailable")
     await is_response(await client.get("/readyz"), DOCUMENT["paths"]["/readyz"]["get"]["responses"]["503"])
 
 
@@ -436,10 +448,10 @@ async def test_what_the_introduction_says_of_routes(client: TestClient) -> None:
     told = await unknown.json(content_type="application/problem+json")
     problem.validate(told)
     assert (unknown.status, told["code"]) == (404, "not_found")
-    other = await client.put("/api/v1/wallets/1111111111")
+    other = await client.delete("/api/v1/wallets/1111111111")
     told = await other.json(content_type="application/problem+json")
     problem.validate(told)
-    assert (other.status, told["code"], other.headers["Allow"]) == (405, "method_not_allowed", "GET,HEAD")
+    assert (other.status, told["code"], other.headers["Allow"]) == (405, "method_not_allowed", "GET,HEAD,PATCH,PUT")
 
 
 # Whatever else one may send

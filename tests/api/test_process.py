@@ -832,7 +832,7 @@ def test_psql_opens_the_database_whether_the_service_runs_or_not(start: Start) -
 
 def test_psql_cannot_touch_the_tables(start: Start) -> None:
     service = start()
-    update = ["psql", "-X", "-v", "VERBOSITY=sqlstate", "-c", "update wallet.wallet set balance = 1000000"]
+    update = ["psql", "-X", "-v", "VERBOSITY=sqlstate", "-c", "update wallet.operation set balance_after = 1000000"]
 
     ran = run(*update, WALLET_DATA_DIR=str(service.home))
 

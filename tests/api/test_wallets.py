@@ -1,6 +1,9 @@
 """The contract over REST, the old service's part of it first."""
 
+import asyncio
+from collections.abc import AsyncIterator
 from datetime import datetime
+from typing import Any
 from uuid import UUID, uuid4
 
 import psycopg
@@ -10,7 +13,19 @@ from pytest_aiohttp.plugin import AiohttpClient
 
 from app.settings import Settings
 from app.web.application import make_app
-from tests.api.door import MAX, balance, create, deposit, history, path, problem, withdraw
+from tests.api.door import (
+    MAX,
+    apply,
+    balance,
+    create,
+    deposit,
+    history,
+    path,
+    problem,
+    put,
+    transfer,
+    withdraw,
+)
 from tests.conftest import url_of
 
 A, B = (UUID(f"{letter * 8}-0000-4000-8000-00000000000{letter}") for letter in "ab")
@@ -234,6 +249,239 @@ async def test_a_name_may_have_64_characters(client: TestClient) -> None:
     await create(client, {"a-Z_9" + "w" * 59: 5})
 
 
+async def test_put_creates_a_wallet_once(client: TestClient) -> None:
+    first = await client.put("/api/v1/wallets/mine", json={"currency": "EUR"})
+    created = await first.json()
+    for time in ("created_at", "updated_at"):
+        assert datetime.fromisoformat(created[time]).tzinfo is not None
+    assert first.status == 201
+    assert created == {
+        "uuid": "mine",
+        "id": 1,
+        "currency": "EUR",
+        "status": "OPEN",
+        "balance": 0,
+        "held": 0,
+        "available": 0,
+        "seq": 0,
+        "created_at": created["created_at"],
+        "updated_at": created["created_at"],
+    }
+
+    again = await client.put("/api/v1/wallets/mine", json={"currency": "EUR"})
+    assert (again.status, await again.json()) == (200, created)
+    for other in ({"currency": "USD"}, {}, None):
+        refused = await client.put("/api/v1/wallets/mine", json=other) if other else await client.put(path("mine"))
+        assert (await problem(refused, 409, "wallet_exists"))["detail"] == "Wallet already exists"
+
+
+@pytest.mark.parametrize("body", [None, b"", b"{}", b'{"currency": null}'], ids=["no_body", "nothing", "empty", "null"])
+async def test_put_without_a_currency_creates_a_wallet_without_one(client: TestClient, body: bytes | None) -> None:
+    for status in (201, 200):
+        answer = await client.put(path("mine"), data=body, headers={"Content-Type": "application/json"})
+        assert (answer.status, (await answer.json())["currency"]) == (status, None)
+
+
+async def test_a_new_wallet_may_have_a_currency(client: TestClient) -> None:
+    created = await client.post("/api/v1/wallets", json={"uuid": "mine", "currency": "POINTS2026"})
+    assert await created.json() == {"id": 1, "uuid": "mine", "balance": 0}
+    assert (await balance_row(client, "mine"))["currency"] == "POINTS2026"
+
+
+# Status
+
+
+async def test_the_status_can_be_changed_and_the_same_again_changes_nothing(client: TestClient) -> None:
+    await create(client, {"w": 0, "v": 5})
+    for status in ("FROZEN", "FROZEN", "CLOSED", "OPEN", "CLOSED"):
+        answer = await client.patch(path("w"), json={"status": status})
+        assert (answer.status, (await answer.json())["status"]) == (200, status)
+        assert await answer.json() == await balance_row(client, "w")
+    await problem(await client.patch(path("nobody"), json={"status": "OPEN"}), 404, "wallet_not_found")
+    told = await problem(await client.patch(path("v"), json={"status": "CLOSED"}), 400, "wallet_not_empty")
+    assert told["detail"] == "Wallet is not empty"
+
+
+# Balances, now and then
+
+
+async def balance_row(client: TestClient, wallet: str, **query: str) -> dict[str, Any]:
+    answer = await client.get(path(wallet, "/balance"), params=query)
+    assert answer.status == 200
+    return await answer.json()
+
+
+async def test_the_balance_at_a_moment_is_that_of_the_last_operation_until_then(client: TestClient) -> None:
+    await create(client, {"w": 100})
+    await withdraw(client, "w", 30)
+    first, second = await history(client, "w")
+
+    now = await balance_row(client, "w")
+    assert (now["balance"], now["seq"], now["updated_at"]) == (70, 2, second["created_at"])
+    assert await balance_row(client, "w", at=second["created_at"]) == now
+    assert await balance_row(client, "w", at="9999-12-31T23:59:59.999999-23:59") == now
+    then = await balance_row(client, "w", at=first["created_at"])
+    assert (then["balance"], then["available"], then["seq"]) == (100, 100, 1)
+    assert then["updated_at"] == first["created_at"]
+    before = await balance_row(client, "w", at="0001-01-01T00:00:00+01:00")
+    assert (before["balance"], before["seq"], before["id"]) == (0, 0, now["id"])
+
+
+async def test_a_statement_is_from_a_moment_to_another(client: TestClient) -> None:
+    await create(client, {"w": 0})
+    for amount in range(1, 8):
+        await deposit(client, "w", amount)
+    recorded = await history(client, "w")
+    start, end = recorded[1]["created_at"], recorded[5]["created_at"]
+
+    amounts: list[int] = []
+    query: dict[str, str] = {"limit": "2", "from": start, "to": end}
+    while True:
+        page = await (await client.get(path("w", "/operations"), params=query)).json()
+        amounts += [operation["amount"] for operation in page["operations"]]
+        if page["next"] is None:
+            break
+        query["before"] = str(page["next"])
+    assert amounts == [5, 4, 3, 2]
+    assert len(page["operations"]) == 2  # the last page is full, and is the last
+
+    for nothing in ({"from": end, "to": start}, {"from": end, "to": end}, {"from": "9999-01-01T00:00:00Z"}):
+        empty = await client.get(path("w", "/operations"), params=nothing)
+        assert await empty.json() == {"operations": [], "next": None}
+
+
+async def test_wallets_are_listed_by_name_in_pages(client: TestClient) -> None:
+    await create(client, {"b": 1, "A": 0, "a": 2, "_": 0, "10": 0})
+
+    names: list[str] = []
+    query = {"limit": "2"}
+    while True:
+        page = await (await client.get("/api/v1/wallets", params=query)).json()
+        for wallet in page["wallets"]:
+            assert wallet == await balance_row(client, wallet["uuid"])
+        names += [wallet["uuid"] for wallet in page["wallets"]]
+        if page["next"] is None:
+            break
+        query["after"] = page["next"]
+
+    assert names == ["10", "A", "_", "a", "b"]
+    two = await (await client.get("/api/v1/wallets", params={"after": "Z", "limit": "3"})).json()
+    assert [wallet["uuid"] for wallet in two["wallets"]] == ["_", "a", "b"]
+    assert two["next"] is None
+
+
+# Transfers
+
+
+async def test_a_transfer_is_in_both_histories(client: TestClient) -> None:
+    await create(client, {"w": 100, "v": 5})
+
+    answer = await apply(client, "w", "TRANSFER", 30, A, counterparty_uuid="v", metadata={"order": 4711})
+
+    assert (answer.status, await answer.json()) == (200, str(A))
+    paid, received = (await history(client, "w"))[-1], (await history(client, "v"))[-1]
+    both = {"operation_uuid": str(A), "amount": 30, "held_after": 0, "created_at": paid["created_at"]}
+    payer, payee = {"wallet_uuid": "w", "counterparty_uuid": "v"}, {"wallet_uuid": "v", "counterparty_uuid": "w"}
+    both |= {"metadata": {"order": 4711}, "seq": 2}
+    assert paid == both | payer | {"operation_type": "TRANSFER", "balance_after": 70}
+    assert received == both | payee | {"operation_type": "RECEIVE", "balance_after": 35}
+    for operation in (paid, received):
+        found = await client.get(path(operation["wallet_uuid"], f"/operations/{A}"))
+        assert await found.json() == operation
+
+
+async def test_a_payee_cannot_repeat_what_it_received(client: TestClient) -> None:
+    await create(client, {"w": 100, "v": 0})
+    await transfer(client, "w", "v", 30, A)
+    for told in (
+        await problem(await deposit(client, "v", 30, A), 400, "duplicate_operation"),
+        await problem(await put(client, "v", "DEPOSIT", 30, A), 409, "duplicate_operation"),
+    ):
+        assert "operation" not in told
+        assert "same_request" not in told
+
+
+# Metadata
+
+METADATA = {
+    '{"b": 1.50, "a": [1e3, 0.1, 12345678901234567890123]}': '{"a": [1000, 0.1, 12345678901234567890123], "b": 1.50}',
+    '{"a": 1, "a": 2}': '{"a": 2}',
+    r'{"\u00e9": "\ud83d\udcb0 \\u0000", "": null}': '{"": null, "é": "\N{MONEY BAG} \\\\u0000"}',
+    '{"a": {"b": [true, false, null, {}]}}': '{"a": {"b": [true, false, null, {}]}}',
+    '{"a": 0e5, "b": -1E-3}': '{"a": 0, "b": -0.001}',
+}
+
+
+@pytest.mark.parametrize(("metadata", "told"), METADATA.items())
+async def test_metadata_comes_back_in_jsonb_s_form_wherever_the_operation_does(
+    client: TestClient, metadata: str, told: str
+) -> None:
+    await create(client, {"w": 0})
+    body = f'{{"operation_type": "DEPOSIT", "amount": 5.0, "metadata": {metadata}}}'
+    json_type = {"Content-Type": "application/json"}
+    for status in (201, 200):
+        answer = await client.put(path("w", f"/operations/{A}"), data=body.encode(), headers=json_type)
+        assert answer.status == status
+        assert f'"metadata":{told}'.replace(" ", "") in (await answer.text()).replace(" ", "")
+    answer = await client.get(path("w", f"/operations/{A}"))
+    assert f'"metadata":{told}'.replace(" ", "") in (await answer.text()).replace(" ", "")
+    page = await client.get(path("w", "/operations"))
+    assert f'"metadata":{told}'.replace(" ", "") in (await page.text()).replace(" ", "")
+
+
+async def test_metadata_arrives_whole_with_a_body_in_chunks(client: TestClient) -> None:
+    """Such a body is kept in memory of the service's own, of which metadata is a part."""
+    await create(client, {"w": 0})
+
+    async def chunks(text: str) -> AsyncIterator[bytes]:
+        for start in range(0, len(text), 20):
+            yield text[start : start + 20].encode()
+            await asyncio.sleep(0)
+
+    for amount in ("5", "5.0", "5.5"):
+        terms = f'"operation_type": "DEPOSIT", "amount": {amount}, "metadata": {{"a": "{amount}"}}'
+        single = f'{{"operation_uuid": "{uuid4()}", {terms}}}'
+        several = f'{{"operations": [{{"wallet_uuid": "w", "operation_uuid": "{uuid4()}", {terms}}}]}}'
+        for url, body in ((path("w", "/operation"), single), ("/api/v1/operations", several)):
+            answer = await client.post(url, data=chunks(body), headers={"Content-Type": "application/json"})
+            assert answer.status == (400 if amount == "5.5" else 200)
+    recorded = [operation["metadata"]["a"] for operation in await history(client, "w")]
+    assert recorded == ["5", "5", "5.0", "5.0"]
+
+
+@pytest.mark.parametrize("metadata", [None, {}], ids=["null", "empty"])
+async def test_no_metadata_is_none(client: TestClient, metadata: Any) -> None:
+    await create(client, {"w": 0})
+    assert (await put(client, "w", "DEPOSIT", 5, A, metadata=metadata)).status == 201
+    assert (await put(client, "w", "DEPOSIT", 5, A, counterparty_uuid=None)).status == 200
+    assert "metadata" not in (await history(client, "w"))[0]
+
+
+# PUT
+
+
+async def test_put_applies_once_and_tells_what_is_recorded(client: TestClient) -> None:
+    await create(client, {"w": 100, "v": 0})
+    terms: dict[str, Any] = {"counterparty_uuid": "v", "metadata": {"a": 1}}
+
+    first = await put(client, "w", "TRANSFER", 30, A, **terms)
+    await deposit(client, "w", 1)
+    again = await put(client, "w", "TRANSFER", 30, A, **terms)
+
+    recorded = (await history(client, "w"))[1]
+    assert (first.status, await first.json()) == (201, recorded)
+    assert (again.status, await again.json()) == (200, recorded)
+    for other in (
+        put(client, "w", "TRANSFER", 31, A, **terms),
+        put(client, "w", "TRANSFER", 30, A, counterparty_uuid="v"),
+        put(client, "w", "TRANSFER", 30, A, **terms | {"metadata": {"a": 2}}),
+        put(client, "w", "WITHDRAW", 30, A, metadata={"a": 1}),
+    ):
+        told = await problem(await other, 409, "duplicate_operation")
+        assert (told["operation"], told["same_request"]) == (recorded, False)
+    assert await balance(client, "w") == 71
+
+
 # What was done
 
 
@@ -252,6 +500,7 @@ async def test_operations_come_newest_first(client: TestClient) -> None:
         "operation_type": "WITHDRAW",
         "amount": 30,
         "balance_after": 70,
+        "held_after": 0,
         "seq": 2,
     }
 
@@ -339,7 +588,7 @@ async def test_a_service_is_ready_on_a_database_that_is_as_new_as_it_needs(
     superuser.execute(newer)
     assert (await client.get("/readyz")).status == 200
 
-    superuser.execute(newer.replace("99", "1"))
+    superuser.execute(newer.replace("99", "2"))
     await problem(await client.get("/readyz"), 503, "not_migrated")
 
     superuser.execute("drop function wallet.contract_version")

@@ -25,21 +25,50 @@ CHECKOUT = HERE.parent.parent
 
 
 class Bench:
-    """A PostgreSQL server with everything durable, and a template database of 10,000 empty wallets."""
+    """A PostgreSQL server with everything durable, and template databases.
 
-    def __init__(self, postgres: Postgres) -> None:
+    `template` has 10,000 empty wallets, `funded` the same with money, `many` a million whose names begin with m; with
+    a prefix, they are of another checkout.
+    """
+
+    def __init__(self, postgres: Postgres, many: int) -> None:
         self.postgres = postgres
+        self.many = many
+        """Wallets of the template `many`."""
 
     def prepare(self) -> None:
-        """Make the template."""
-        self.execute("postgres", "create database template")
-        dbmate(self.postgres.url("postgres", "template"), "migrations", "migrate")
-        self.execute("postgres", f"create role {LOGIN} login in role wallet_app")
+        """Make the templates."""
+        self._migrate("template", CHECKOUT)
+        self.execute("template", (HERE / "bare.sql").read_text())
+        self._fill("")
+
+    def prepare_before(self, checkout: Path) -> None:
+        """Make the templates of another checkout: `before`, `before_many`."""
+        self._migrate("before_template", checkout)
+        self._fill("before_")
+
+    def _migrate(self, database: str, checkout: Path) -> None:
+        self.execute("postgres", f"create database {database}")
+        dbmate(self.postgres.url("postgres", database), str(checkout / "db" / "migrations"), "migrate")
+        if not self.execute("postgres", f"select 1 from pg_roles where rolname = '{LOGIN}'"):
+            self.execute("postgres", f"create role {LOGIN} login in role wallet_app")
+
+    def _fill(self, prefix: str) -> None:
+        template = f"{prefix}template"
+        self.execute("postgres", f"create database {prefix}many template {template}")
+        names = f"select 'm' || lpad(n::text, 7, '0') from generate_series(1, {self.many}) as n"
+        self.execute(f"{prefix}many", f"insert into wallet.wallet (uuid) {names}")
         names = f"select 'w' || lpad(n::text, 5, '0') from generate_series(1, {WALLETS}) as n"
-        self.execute("template", f"select count(wallet.create_wallet(name)) from ({names}) as w (name)")
-        with psycopg.connect(self.postgres.url("postgres", "template"), autocommit=True) as connection:
-            connection.execute((HERE / "bare.sql").read_text())
-            connection.execute("vacuum (analyze)")
+        self.execute(template, f"select count(wallet.create_wallet(name)) from ({names}) as w (name)")
+        self.execute("postgres", f"create database {prefix}funded template {template}")
+        self.execute(
+            f"{prefix}funded",
+            "select count(*) from (select array_agg(uuid) as uuids from wallet.wallet) as w, wallet.apply_operations("
+            f"uuids, (select array_agg(gen_random_uuid()) from generate_series(1, {WALLETS})),"
+            f" array_fill('DEPOSIT'::text, array[{WALLETS}]), array_fill(1000000::bigint, array[{WALLETS}]))",
+        )
+        for name in ("many", "template", "funded"):
+            self.execute(f"{prefix}{name}", "vacuum (analyze)")
 
     def execute(self, database: str, query: str) -> list[tuple[Any, ...]]:
         """Run one statement as superuser and return its rows."""
@@ -56,8 +85,9 @@ class Bench:
         yield "bench"
 
     def operations(self, database: str) -> int:
-        """Return the number of operations in a ledger."""
-        return int(self.execute(database, "select count(*) from wallet.operation")[0][0])
+        """Return the number of operations in a ledger that somebody asked for."""
+        query = "select count(*) from wallet.operation where operation_type <> 'RECEIVE'"
+        return int(self.execute(database, query)[0][0])
 
     def bytes_per_operation(self, database: str) -> float:
         """Return the bytes on disk that an operation takes, in the table and in its indexes."""
@@ -111,13 +141,13 @@ def percentiles(latencies: list[float]) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def server(*settings: str) -> Iterator[Bench]:
+def server(*settings: str, many: int) -> Iterator[Bench]:
     """A PostgreSQL server for the benchmark, in a temporary folder, fsync and synchronous_commit on."""
     with tempfile.TemporaryDirectory(prefix="wallet-bench-") as folder:
         postgres = Postgres(Path(folder), "max_connections=200", "shared_buffers=1GB", "max_wal_size=8GB", *settings)
         postgres.start()
         try:
-            bench = Bench(postgres)
+            bench = Bench(postgres, many)
             bench.prepare()
             yield bench
         finally:
@@ -125,8 +155,8 @@ def server(*settings: str) -> Iterator[Bench]:
 
 
 @contextlib.contextmanager
-def service(command: list[str], **settings: object) -> Iterator[int]:
-    """A server process of ours on a free port, ready to answer."""
+def service(command: list[str], checkout: Path = CHECKOUT, **settings: object) -> Iterator[int]:
+    """A server process of ours, or of another checkout, on a free port, ready to answer."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -134,7 +164,7 @@ def service(command: list[str], **settings: object) -> Iterator[int]:
     environment |= {"PORT": str(port)} | {name: str(value) for name, value in settings.items()}
     process = subprocess.Popen(
         [sys.executable, "-m", *command],
-        cwd=CHECKOUT,
+        cwd=checkout,
         env=environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -163,10 +193,12 @@ def wait_for(port: int, process: subprocess.Popen[bytes]) -> None:
     raise AssertionError(f"no service on port {port}")
 
 
-def wrk(port: int, connections: int, seconds: int, wallets: int = 1, reads: int = 0, size: int = 1) -> dict[str, Any]:
+def wrk(
+    port: int, connections: int, seconds: int, wallets: int = 1, reads: int = 0, size: int = 1, payees: int = 0
+) -> dict[str, Any]:
     """Run wrk on one thread; return requests a second, the latencies and the count of answers that were not 2xx."""
     command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--timeout", "30s", "-s", str(HERE / "wrk.lua")]
-    command += [f"http://127.0.0.1:{port}", "--", str(wallets), str(reads), str(size)]
+    command += [f"http://127.0.0.1:{port}", "--", str(wallets), str(reads), str(size), str(payees)]
     ran = subprocess.run(command, capture_output=True, text=True, check=True)
     result: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
     result["per_second"] = result["requests"] / result["seconds"]

@@ -1,9 +1,10 @@
--- Requests for wrk. Arguments after `--`: how many wallets, the share of balance reads in percent, operations per request.
--- Wallet n is called w00001, w00002 ...; every operation is a DEPOSIT of 1 under a random UUID. More than one operation goes as
--- a bulk request. Prints one line of JSON at the end.
+-- Requests for wrk. Arguments after `--`: how many wallets, the share of balance reads in percent, operations per request, and
+-- how many wallets are paid by transfers (0: none). Wallet n is called w00001, w00002 ...; every operation is a DEPOSIT of 1 under a
+-- random UUID, or a TRANSFER of 1 to one of the wallets that are paid. More than one operation goes as a bulk request. Prints one
+-- line of JSON at the end.
 
 local random, format, concat = math.random, string.format, table.concat
-local wallets, reads, size
+local wallets, reads, size, payees
 local threads = 0
 
 function setup(thread)
@@ -12,7 +13,7 @@ function setup(thread)
 end
 
 function init(arguments)
-  wallets, reads, size = tonumber(arguments[1]), tonumber(arguments[2]), tonumber(arguments[3])
+  wallets, reads, size, payees = tonumber(arguments[1]), tonumber(arguments[2]), tonumber(arguments[3]), tonumber(arguments[4])
   math.randomseed(os.time() * 1000 + number * 7919)
   for _ = 1, 10 do random() end
 end
@@ -31,7 +32,17 @@ local function post(path, body)
     .. #body .. "\r\n\r\n" .. body
 end
 
+local function transfer()
+  local payee = random(1, payees)
+  local payer = (payee + random(1, wallets - 1) - 1) % wallets + 1
+  return post(format("/api/v1/wallets/w%05d/operation", payer), '{"operation_uuid":"' .. uuid()
+    .. '","operation_type":"TRANSFER","amount":1,"counterparty_uuid":"' .. format("w%05d", payee) .. '"}')
+end
+
 function request()
+  if payees > 0 then
+    return transfer()
+  end
   if reads > 0 and random(1, 100) <= reads then
     return "GET /api/v1/wallets/" .. wallet() .. " HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
   end

@@ -6,43 +6,57 @@ from uuid import uuid4
 
 import psycopg
 from psycopg.rows import namedtuple_row
+from psycopg.types.json import Jsonb
 
-from tests.cases import Request
+from tests.cases import Request, deposit
 
 
-def create(connection: psycopg.Connection, wallets: dict[str, int]) -> None:
+def create(
+    connection: psycopg.Connection,
+    wallets: dict[str, int],
+    currencies: dict[str, str] | None = None,
+    statuses: dict[str, str] | None = None,
+) -> None:
     """Create wallets that hold so much."""
     for wallet, balance in wallets.items():
-        connection.execute("select wallet.create_wallet(%s)", [wallet])
+        call(connection, "create_wallet", wallet, (currencies or {}).get(wallet))
         if balance:
-            apply(connection, Request(wallet, uuid4(), "DEPOSIT", balance, None))
+            apply(connection, deposit(wallet, uuid4(), balance))
+    for wallet, status in (statuses or {}).items():
+        call(connection, "set_status", wallet, status)
 
 
 def apply(connection: psycopg.Connection, request: Request) -> Any:
     """Apply one operation and return its row. Raises what the function raises."""
-    return call(connection, "apply_operation", *request[:4])[0]
+    *arguments, metadata = request.arguments
+    return call(connection, "apply_operation", *arguments, None if metadata is None else Jsonb(metadata))[0]
 
 
-def apply_all(connection: psycopg.Connection, requests: Iterable[Request]) -> list[Any]:
+def apply_all(connection: psycopg.Connection, requests: Iterable[Request], atomic: bool = False) -> list[Any]:
     """Apply operations as one batch and return a row for each."""
     requests = list(requests)
-    return call(
-        connection,
-        "apply_operations",
-        [request.wallet for request in requests],
-        [request.operation for request in requests],
-        [request.type for request in requests],
-        [request.amount for request in requests],
-    )
+    *arrays, metadata = zip(*[request.arguments for request in requests], strict=True) if requests else [()] * 8
+    arrays.append([None if one is None else Jsonb(one) for one in metadata])
+    optional = [None if all(one is None for one in array) else list(array) for array in arrays[4:]]
+    return call(connection, "apply_operations", *map(list, arrays[:4]), *optional, atomic)
+
+
+def operation(row: Any) -> tuple[Any, ...]:
+    """Return what a row of apply_operations says of the operation: a row of wallet.operation, or nulls."""
+    return tuple(row[4:])
 
 
 SIGNATURES = {
-    "create_wallet": "text",
-    "get_wallet": "text",
-    "apply_operation": "text, uuid, text, bigint",
-    "apply_operations": "text[], uuid[], text[], bigint[]",
+    "create_wallet": "text, text, timestamptz",
+    "get_wallet": "text, timestamptz",
+    "apply_operation": "text, uuid, text, bigint, text, uuid, timestamptz, jsonb, timestamptz",
+    "apply_operations": (
+        "text[], uuid[], text[], bigint[], text[], uuid[], timestamptz[], jsonb[], boolean, timestamptz"
+    ),
     "get_operation": "text, uuid",
-    "list_operations": "text, bigint, int",
+    "list_operations": "text, bigint, int, timestamptz, timestamptz",
+    "list_wallets": "text, int, text",
+    "set_status": "text, text, timestamptz",
     "verify": "",
     "raise_too_late": "",
     "contract_version": "",

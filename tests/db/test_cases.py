@@ -1,4 +1,4 @@
-"""The table of cases over SQL: one by one, as one batch, and as two."""
+"""The table of cases over SQL: one by one, as one batch, as two, and as one that is atomic."""
 
 import psycopg
 import pytest
@@ -9,15 +9,24 @@ from tests.db.door import apply, apply_all, balances, call, create
 each_case = pytest.mark.parametrize("case", CASES, ids=[case.name.replace(" ", "_") for case in CASES])
 
 
+def set_up(connection: psycopg.Connection, case: Case) -> None:
+    create(connection, case.wallets, case.currencies, case.statuses)
+
+
 @each_case
 def test_one_by_one(case: Case, service: psycopg.Connection) -> None:
-    create(service, case.wallets)
+    set_up(service, case)
 
     for request in case.requests:
         if request.outcome is None:
             row = apply(service, request)
-            assert row[:3] == (request.wallet, request.type, request.operation)
-            assert row.amount == request.amount
+            assert (row.wallet_uuid, row.operation_type, row.operation_uuid) == (
+                request.wallet,
+                request.type,
+                request.operation,
+            )
+            assert (row.amount, row.counterparty_uuid) == (request.amount, request.counterparty)
+            assert row.metadata == (request.metadata or None)
             assert {request.wallet: row.balance_after} == balances(service, [request.wallet])
         else:
             with pytest.raises(psycopg.Error) as refused:
@@ -33,7 +42,7 @@ def test_one_by_one(case: Case, service: psycopg.Connection) -> None:
 @pytest.mark.parametrize("first", [0, 1, 2], ids=["as_one_batch", "after_a_batch_of_one", "after_a_batch_of_two"])
 @each_case
 def test_in_batches(case: Case, first: int, service: psycopg.Connection) -> None:
-    create(service, case.wallets)
+    set_up(service, case)
 
     rows = apply_all(service, case.requests[:first]) + apply_all(service, case.requests[first:])
 
@@ -41,11 +50,35 @@ def test_in_batches(case: Case, first: int, service: psycopg.Connection) -> None
     for row, request in zip(rows, case.requests, strict=True):
         if request.outcome is None:
             assert row.message is None
-            assert row[3:6] == (request.wallet, request.type, request.operation)
-            assert row.amount == request.amount
+            assert row.same_request is True
+            assert (row.wallet_uuid, row.operation_type, row.operation_uuid) == (
+                request.wallet,
+                request.type,
+                request.operation,
+            )
+            assert (row.amount, row.counterparty_uuid) == (request.amount, request.counterparty)
+            assert row.metadata == (request.metadata or None)
         elif request.outcome in MESSAGES:
             assert row.message == MESSAGES[request.outcome]
         else:
             assert row.message
     assert balances(service, case.wallets) == case.balances
+    assert call(service, "verify") == []
+
+
+@each_case
+def test_as_one_atomic_batch(case: Case, service: psycopg.Connection) -> None:
+    set_up(service, case)
+
+    rows = apply_all(service, case.requests, atomic=True)
+
+    refused = any(request.outcome for request in case.requests)
+    assert [row.sqlstate for row in rows] == [
+        request.outcome or ("WA425" if refused else None) for request in case.requests
+    ]
+    for row in rows:
+        assert row.message == MESSAGES.get(row.sqlstate, row.message)
+        assert (row.seq is None) is refused
+        assert row.same_request is (None if refused else True)
+    assert balances(service, case.wallets) == (case.wallets if refused else case.balances)
     assert call(service, "verify") == []

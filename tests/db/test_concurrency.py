@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from functools import partial
+from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any, TypeVar
 from uuid import UUID, uuid4
 
@@ -14,8 +16,8 @@ import psycopg
 import pytest
 from psycopg import IsolationLevel
 
-from tests.cases import MESSAGES, A, B, C, D, Request, deposit, withdraw
-from tests.db.door import apply, apply_all, balances, call, create, outcome
+from tests.cases import MESSAGES, A, B, C, D, Request, deposit, transfer, withdraw
+from tests.db.door import apply, apply_all, balances, call, create, operation, outcome
 
 T = TypeVar("T")
 Session = Callable[[], psycopg.Connection]
@@ -271,7 +273,8 @@ def test_a_batch_waits_for_an_uncommitted_duplicate_and_applies_the_rest(
     rows = batch.result()
     assert [row.sqlstate for row in rows] == [None, "WA409", None]
     assert rows[1].message == MESSAGES["WA409"]
-    assert rows[1][3:] == (recorded if wallet == "w" else (None,) * 7)
+    assert operation(rows[1]) == (recorded if wallet == "w" else (None,) * 12)
+    assert rows[1].same_request is False
     assert call(service, "verify") == []
 
 
@@ -367,30 +370,258 @@ def test_a_call_that_waits_beyond_its_last_moment_applies_nothing(
     assert [seq for (seq,) in apply_before(60)] == recorded
 
 
-# Snapshots older than the duplicate
+# Isolation
 
 
 @pytest.mark.parametrize("isolation", [IsolationLevel.REPEATABLE_READ, IsolationLevel.SERIALIZABLE])
-@pytest.mark.parametrize("wallet", ["w", "v"], ids=["on_the_same_wallet", "on_another_wallet"])
-@pytest.mark.parametrize("do", [lambda c, r: apply(c, r), lambda c, r: apply_all(c, [r])], ids=["operation", "batch"])
-def test_a_snapshot_that_cannot_see_the_duplicate_must_start_again(
+@pytest.mark.parametrize("do", [apply, lambda c, r: apply_all(c, [r])], ids=["operation", "batch"])
+def test_an_old_snapshot_is_never_taken_for_the_state(
     do: Callable[[psycopg.Connection, Request], object],
-    wallet: str,
     isolation: IsolationLevel,
     service: psycopg.Connection,
     session: Session,
 ) -> None:
-    create(service, {"w": 10, "v": 10})
+    create(service, {"w": 10})
     old = session()
     old.autocommit = False
     old.isolation_level = isolation
-    balances(old, ["w", "v"])
-    apply(service, withdraw(wallet, A, 1))
-
-    with pytest.raises(psycopg.errors.SerializationFailure):
+    with pytest.raises(psycopg.errors.FeatureNotSupported) as refused:
         do(old, withdraw("w", A, 1))
-    old.rollback()
-    assert outcome(old, withdraw("w", A, 1)) == "WA409"
+    assert refused.value.diag.message_hint is not None
+    assert "read committed" in refused.value.diag.message_hint
+    assert balances(service, ["w"]) == {"w": 10}
+
+
+def test_a_balance_is_what_it_is_after_the_lock(
+    service: psycopg.Connection, session: Session, pool: ThreadPoolExecutor, superuser: psycopg.Connection
+) -> None:
+    create(service, {"w": 10, "v": 0})
+    first, *others = session(), session(), session(), session()
+    first.autocommit = False
+    apply(first, withdraw("w", A, 10))
+    waiting = [
+        pool.submit(outcome, others[0], withdraw("w", B, 10)),
+        pool.submit(outcome, others[1], transfer("w", "v", C, 10)),
+        pool.submit(lambda: apply_all(others[2], [withdraw("w", D, 10)])[0].sqlstate),
+    ]
+    wait_until_blocked(superuser, *others)
+    first.commit()
+    assert [future.result() for future in waiting] == ["WA402"] * 3
+    assert balances(service, "wv") == {"w": 0, "v": 0}
+
+
+# Transfers
+
+
+@pytest.fixture
+def no_deadlock(server: SimpleNamespace) -> Iterator[None]:
+    """Fails a test during which the server's log tells of a deadlock."""
+    log = server.postgres.log
+    before = log.read_text().count("deadlock detected")
+    yield
+    assert log.read_text().count("deadlock detected") == before
+
+
+Door = Callable[[psycopg.Connection, list[Request]], object]
+DOORS = pytest.mark.parametrize(
+    "do",
+    [lambda c, requests: [apply(c, request) for request in requests], apply_all, partial(apply_all, atomic=True)],
+    ids=["one_by_one", "batch", "atomic"],
+)
+LOCK_TIMEOUTS = pytest.mark.parametrize("lock_timeout", ["0", "20s"])
+
+
+@DOORS
+@LOCK_TIMEOUTS
+@pytest.mark.parametrize("ring", ["wv", "wvu"], ids=["opposing", "ring_of_three"])
+@pytest.mark.usefixtures("no_deadlock")
+def test_transfers_in_a_ring_never_deadlock(
+    ring: str,
+    lock_timeout: str,
+    do: Door,
+    service: psycopg.Connection,
+    session: Session,
+    pool: ThreadPoolExecutor,
+    superuser: psycopg.Connection,
+    lock: psycopg.Connection,
+) -> None:
+    create(service, dict.fromkeys(ring, 10))
+    sessions = [session() for _ in ring]
+    for connection in sessions:
+        connection.execute(f"set lock_timeout = '{lock_timeout}'".encode())
+    # While one wallet is held, whoever locks the payer first holds it and waits for the payee.
+    for held in ring:
+        hold(lock, held)
+        waiting = [
+            pool.submit(do, connection, [transfer(payer, payee, uuid4(), 1)])
+            for connection, payer, payee in zip(sessions, ring, ring[1:] + ring[0], strict=True)
+        ]
+        blocked = [
+            connection
+            for connection, payer, payee in zip(sessions, ring, ring[1:] + ring[0], strict=True)
+            if held in (payer, payee)
+        ]
+        wait_until_blocked(superuser, *blocked)
+        lock.rollback()
+        for future in waiting:
+            future.result()
+    assert balances(service, ring) == dict.fromkeys(ring, 10)
+    assert call(service, "verify") == []
+
+
+@DOORS
+@pytest.mark.usefixtures("no_deadlock")
+def test_64_clients_that_pay_each_other_over_8_wallets_lose_and_double_nothing(
+    do: Door, service: psycopg.Connection, session: Session, pool: ThreadPoolExecutor
+) -> None:
+    wallets = [f"w{number}" for number in range(8)]
+    create(service, dict.fromkeys(wallets, 1000))
+    chance = random.Random(4)
+
+    def some_transfers() -> list[Request]:
+        return [transfer(*chance.sample(wallets, 2), uuid4(), chance.randrange(1, 10)) for _ in range(8)]
+
+    plans = [some_transfers() for _ in range(64)]
+    clients = zip([session() for _ in plans], plans, strict=True)
+    all_at_once(pool, [partial(do, *client) for client in clients])
+
+    held = dict.fromkeys(wallets, 1000)
+    for request in [request for plan in plans for request in plan]:
+        held[request.wallet] -= request.amount
+        held[str(request.counterparty)] += request.amount
+    assert balances(service, wallets) == held
+    assert call(service, "verify") == []
+
+
+@pytest.mark.usefixtures("no_deadlock")
+def test_batches_of_transfers_in_opposite_orders_never_deadlock(
+    service: psycopg.Connection, session: Session, pool: ThreadPoolExecutor
+) -> None:
+    wallets = [f"w{number}" for number in range(10)]
+    create(service, dict.fromkeys(wallets, 100))
+    forth = list(pairwise(wallets))
+    back = [(payee, payer) for payer, payee in reversed(forth)]
+
+    def work(connection: psycopg.Connection, pairs: list[tuple[str, str]]) -> None:
+        for _ in range(20):
+            rows = apply_all(connection, [transfer(*pair, uuid4(), 1) for pair in pairs])
+            assert {row.sqlstate for row in rows} == {None}
+
+    sessions = [session() for _ in range(8)]
+    for connection in sessions[4:]:
+        connection.execute("set lock_timeout = '20s'")
+    all_at_once(pool, [partial(work, one, [forth, back][number % 2]) for number, one in enumerate(sessions)])
+    assert balances(service, wallets) == dict.fromkeys(wallets, 100)
+    assert call(service, "verify") == []
+
+
+@pytest.mark.parametrize("ends", ["committed", "rolled back"])
+@pytest.mark.parametrize("first_is", ["transfer", "deposit"])
+def test_of_a_transfer_and_a_deposit_with_one_operation_uuid_one_wins(
+    first_is: str,
+    ends: str,
+    service: psycopg.Connection,
+    session: Session,
+    pool: ThreadPoolExecutor,
+    superuser: psycopg.Connection,
+) -> None:
+    create(service, {"w": 10, "v": 0, "u": 0})
+    requests = [transfer("w", "v", A, 10), deposit("u", A, 3)]
+    if first_is == "deposit":
+        requests.reverse()
+    first, second, third = session(), session(), session()
+    first.autocommit = False
+    apply(first, requests[0])
+    racing = [
+        pool.submit(outcome, second, requests[1]),
+        pool.submit(lambda: apply_all(third, [requests[1]])[0].sqlstate),
+    ]
+    wait_until_blocked(superuser, second, third)
+    first.commit() if ends == "committed" else first.rollback()
+
+    won = requests[0] if ends == "committed" else requests[1]
+    assert sorted(str(future.result()) for future in racing) == (
+        ["WA409", "WA409"] if ends == "committed" else ["None", "WA409"]
+    )
+    moved = {"w": 0, "v": 10, "u": 0} if won.type == "TRANSFER" else {"w": 10, "v": 0, "u": 3}
+    assert balances(service, "wvu") == moved
+    assert call(service, "verify") == []
+
+
+@pytest.mark.parametrize("who", ["payer", "payee"])
+def test_an_operation_waits_for_a_transfer_that_touches_its_wallet(
+    who: str, service: psycopg.Connection, session: Session, pool: ThreadPoolExecutor, superuser: psycopg.Connection
+) -> None:
+    create(service, {"w": 10, "v": 0})
+    first, second = session(), session()
+    first.autocommit = False
+    apply(first, transfer("w", "v", A, 10))
+    racing = pool.submit(outcome, second, withdraw("w" if who == "payer" else "v", B, 10))
+    wait_until_blocked(superuser, second)
+    first.commit()
+    assert racing.result() == ("WA402" if who == "payer" else None)
+
+
+def test_a_reader_never_sees_money_in_both_wallets_or_in_neither(
+    service: psycopg.Connection, session: Session, pool: ThreadPoolExecutor, superuser: psycopg.Connection
+) -> None:
+    create(service, {"w": 100, "v": 100})
+    done = threading.Event()
+
+    def pay(connection: psycopg.Connection, payer: str, payee: str) -> None:
+        for _ in range(150):
+            outcome(connection, transfer(payer, payee, uuid4(), 7))
+            apply_all(connection, [transfer(payer, payee, uuid4(), 1), transfer(payee, payer, uuid4(), 1)])
+
+    def read(query: str) -> tuple[set[int], int]:
+        seen, reads = set(), 0
+        with psycopg.connect(superuser.info.dsn, autocommit=True) as reader:
+            while not done.is_set():
+                row = reader.execute(query.encode()).fetchone()
+                assert row is not None
+                seen.add(row[0])
+                reads += 1
+        return seen, reads
+
+    readers = [
+        pool.submit(read, query)
+        for query in (
+            "select sum(balance)::int from wallet.balance",
+            "select (g.w).balance + (g.v).balance from "
+            "(select wallet.get_wallet('w') as w, wallet.get_wallet('v') as v offset 0) as g",
+        )
+    ]
+    all_at_once(pool, [partial(pay, session(), *pair) for pair in ("wv", "vw")])
+    done.set()
+    for reader in readers:
+        seen, reads = reader.result()
+        assert seen == {200}
+        assert reads > 50
+    assert call(service, "verify") == []
+
+
+# Time
+
+
+def test_time_never_goes_back_within_a_wallet(service: psycopg.Connection, superuser: psycopg.Connection) -> None:
+    create(service, {"w": 10, "v": 0, "u": 0})
+    superuser.execute("update wallet.operation set created_at = created_at + interval '1 hour' where wallet_uuid = 'w'")
+    ahead = call(service, "get_wallet", "w")[0].updated_at
+
+    paid = apply(service, transfer("w", "v", A, 1))
+    rows = apply_all(
+        service, [deposit("u", B, 1), transfer("u", "v", C, 1), deposit("u", D, 1), deposit("w", uuid4(), 1)]
+    )
+
+    assert paid.created_at == ahead
+    assert [row.created_at == ahead for row in rows] == [False, True, True, True]
+    for wallet in "wvu":
+        times = [one.created_at for one in call(service, "list_operations", wallet)]
+        assert times == sorted(times, reverse=True)
+    for one in (A, C):
+        [received] = call(service, "get_operation", "v", one)
+        assert received.created_at == ahead
+    assert call(service, "verify") == []
 
 
 # Creation

@@ -2,16 +2,17 @@
 
 import random
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from uuid import UUID, uuid4
 
 import psycopg
 import pytest
 
-from tests.cases import MAX, MESSAGES, A, B, C, D, Request, deposit, withdraw
-from tests.db.door import apply, apply_all, balances, call, create, outcome
+from tests.cases import MAX, MESSAGES, A, B, C, D, Request, deposit, transfer, withdraw
+from tests.db.door import apply, apply_all, balances, call, create, operation, outcome
 
 NAME_FAULT = "wallet_uuid must be 1 to 64 characters of A-Z, a-z, 0-9, _ and -"
+MOMENT = datetime(2100, 1, 1, tzinfo=UTC)
 BAD_NAMES = ["", "w" * 65, "\N{MONEY BAG}", "a b", "a/b", "w\n", "é", "٣"]
 
 
@@ -27,10 +28,23 @@ def refusal(connection: psycopg.Connection, function: str, *arguments: object) -
 
 def test_a_new_wallet_is_empty_and_has_the_next_id(service: psycopg.Connection) -> None:
     first, second = call(service, "create_wallet", "mine")[0], call(service, "create_wallet", "yours")[0]
-    assert first._fields == ("uuid", "id", "balance", "seq", "created_at")
-    assert first[:4] == ("mine", 1, 0, 0)
-    assert second[:4] == ("yours", 2, 0, 0)
+    assert first._fields == (
+        "uuid",
+        "id",
+        "currency",
+        "status",
+        "balance",
+        "held",
+        "available",
+        "seq",
+        "created_at",
+        "updated_at",
+    )
+    assert (first.uuid, first.id, second.uuid, second.id) == ("mine", 1, "yours", 2)
+    assert (first.currency, first.status) == (None, "OPEN")
+    assert (first.balance, first.held, first.available, first.seq) == (0, 0, 0, 0)
     assert isinstance(first.created_at, datetime)
+    assert first.updated_at == first.created_at
 
 
 def test_a_wallet_without_a_chosen_name_gets_a_random_uuid(service: psycopg.Connection) -> None:
@@ -67,7 +81,9 @@ def test_a_wallet_shows_its_balance_and_how_many_operations_led_to_it(service: p
     create(service, {"w": 100})
     apply(service, withdraw("w", A, 30))
     outcome(service, withdraw("w", B, 71))
-    assert call(service, "get_wallet", "w")[0][:4] == ("w", 1, 70, 2)
+    wallet = call(service, "get_wallet", "w")[0]
+    assert (wallet.balance, wallet.held, wallet.available, wallet.seq) == (70, 0, 70, 2)
+    assert wallet.updated_at == call(service, "get_operation", "w", A)[0].created_at
 
 
 def test_a_missing_wallet_is_not_found_by_any_function(service: psycopg.Connection) -> None:
@@ -95,14 +111,19 @@ def test_an_operation_is_the_same_row_from_whichever_function(service: psycopg.C
         "amount",
         "balance_after",
         "created_at",
+        "held_after",
+        "counterparty_uuid",
+        "hold_uuid",
+        "expires_at",
+        "metadata",
     )
-    assert applied[:6] == ("w", "DEPOSIT", A, 1, 50, 50)
+    assert applied._replace(created_at=None) == ("w", "DEPOSIT", A, 1, 50, 50, None, 0, None, None, None, None)
     assert before is not None
     assert after is not None
     assert before[0] <= applied.created_at <= after[0]
     assert call(service, "get_operation", "w", A) == [applied]
     assert call(service, "list_operations", "w") == [applied]
-    assert apply_all(service, [deposit("w", A, 50)])[0][3:] == applied
+    assert operation(apply_all(service, [deposit("w", A, 50)])[0]) == applied
 
 
 def test_an_operation_is_found_only_on_its_own_wallet(service: psycopg.Connection) -> None:
@@ -118,7 +139,7 @@ def test_operations_are_listed_newest_first_in_pages(service: psycopg.Connection
 
     pages = [call(service, "list_operations", "w", before, 3) for before in (None, 5, 2, 1)]
 
-    assert [[operation.seq for operation in page] for page in pages] == [[7, 6, 5], [4, 3, 2], [1], []]
+    assert [[one.seq for one in page] for page in pages] == [[7, 6, 5], [4, 3, 2], [1], []]
 
 
 def test_a_page_has_100_operations_unless_told(service: psycopg.Connection) -> None:
@@ -126,7 +147,7 @@ def test_a_page_has_100_operations_unless_told(service: psycopg.Connection) -> N
     apply_all(service, [deposit("w", uuid4(), 1) for _ in range(1001)])
     assert len(call(service, "list_operations", "w")) == 100
     assert len(call(service, "list_operations", "w", None, 1000)) == 1000
-    assert [operation.seq for operation in call(service, "list_operations", "w", MAX, 1)] == [1001]
+    assert [one.seq for one in call(service, "list_operations", "w", MAX, 1)] == [1001]
 
 
 @pytest.mark.parametrize("limit", [None, 0, -1, 1001, 2**31 - 1, -(2**31)])
@@ -158,13 +179,27 @@ def test_a_page_starts_before_a_seq_that_can_exist(before: int, service: psycopg
         ("apply_operation", ["w", None, "DEPOSIT", 1], "operation_uuid must not be null"),
         ("apply_operation", ["w", UUID(int=0), "DEPOSIT", 1], "operation_uuid must not be the nil UUID"),
         ("apply_operation", ["w", A, None, 1], "operation_type must not be null"),
-        ("apply_operation", ["w", A, "deposit", 1], "operation_type must be DEPOSIT or WITHDRAW"),
+        ("apply_operation", ["w", A, "deposit", 1], "operation_type must be DEPOSIT, WITHDRAW or TRANSFER"),
         ("apply_operation", ["w", A, "DEPOSIT", None], "amount must not be null"),
         ("apply_operation", ["w", A, "DEPOSIT", 0], "amount must be from 1 to 9223372036854775807"),
         ("apply_operations", [None, [A], ["DEPOSIT"], [1]], "arrays must not be null"),
         ("apply_operations", [["w"], None, ["DEPOSIT"], [1]], "arrays must not be null"),
         ("apply_operations", [["w"], [A], None, [1]], "arrays must not be null"),
         ("apply_operations", [["w"], [A], ["DEPOSIT"], None], "arrays must not be null"),
+        ("apply_operations", [[], [], [], [], None, None, None, None, None], "atomic must not be null"),
+        ("apply_operation", ["w", A, "TRANSFER", 1], "counterparty_uuid must not be null for TRANSFER"),
+        ("apply_operation", ["w", A, "DEPOSIT", 1, "v"], "counterparty_uuid must be null but for TRANSFER"),
+        ("apply_operation", ["w", A, "TRANSFER", 1, "w"], "counterparty_uuid must be another wallet"),
+        ("apply_operation", ["w", A, "TRANSFER", 1, "a b"], NAME_FAULT.replace("wallet_uuid", "counterparty_uuid")),
+        ("apply_operation", ["w", A, "DEPOSIT", 1, None, B], "hold_uuid must be null"),
+        ("apply_operation", ["w", A, "DEPOSIT", 1, None, None, MOMENT], "expires_at must be null"),
+        ("apply_operation", ["w", A, "DEPOSIT", 1, None, None, None, "[]"], "metadata must be an object"),
+        ("apply_operation", ["w", A, "DEPOSIT", 1, None, None, None, "null"], "metadata must be an object"),
+        (
+            "apply_operation",
+            ["w", A, "DEPOSIT", 1, None, None, None, f'{{"a": "{"x" * 2040}"}}'],
+            "metadata must have at most 2048 octets as text",
+        ),
     ],
 )
 def test_a_bad_argument_is_named(
@@ -198,7 +233,7 @@ def test_each_bad_request_of_a_batch_is_named_and_the_good_one_applied(service: 
         (7, "WA400", NAME_FAULT),
         (8, "WA404", MESSAGES["WA404"]),
     ]
-    assert {row[3:] for row in rows if row.sqlstate} == {(None,) * 7}
+    assert {(row.same_request, *operation(row)) for row in rows if row.sqlstate} == {(None,) * 13}
     assert balances(service, ["w"]) == {"w": 6}
 
 
@@ -268,16 +303,17 @@ def test_a_duplicate_in_a_batch_shows_the_recorded_operation_only_on_its_own_wal
         (5, "WA409", MESSAGES["WA409"]),
         (6, "WA409", MESSAGES["WA409"]),
     ]
-    assert rows[0][3:] == recorded
-    assert rows[3][3:] == rows[5][3:] == call(service, "get_operation", "v", B)[0]
-    assert {rows[index][3:] for index in (1, 2, 4)} == {(None,) * 7}
+    assert operation(rows[0]) == recorded
+    assert operation(rows[3]) == operation(rows[5]) == call(service, "get_operation", "v", B)[0]
+    assert {operation(rows[index]) for index in (1, 2, 4)} == {(None,) * 12}
+    assert [row.same_request for row in rows] == [False, False, None, True, False, False]
 
 
 def test_every_operation_of_a_batch_has_the_row_that_the_ledger_has(service: psycopg.Connection) -> None:
     create(service, {"w": 0, "v": 0})
     for requests in ([deposit("v", B, 2), deposit("w", A, 1)], [deposit("v", D, 1), deposit("w", C, 3)] * 2):
         for row in apply_all(service, requests):
-            assert row[3:] == call(service, "get_operation", row.wallet_uuid, row.operation_uuid)[0]
+            assert operation(row) == call(service, "get_operation", row.wallet_uuid, row.operation_uuid)[0]
 
 
 @pytest.mark.parametrize("repeats", [0, 500], ids=["fresh", "with_repeats"])
@@ -331,3 +367,157 @@ def test_operations_in_one_transaction_see_each_other(service: psycopg.Connectio
             "WA402",
         ]
     assert call(service, "verify") == []
+
+
+# The same request
+
+
+WHOLE = transfer("w", "v", A, 5, metadata={"note": "rent", "n": [1, 2.50]})
+
+
+@pytest.mark.parametrize(
+    ("request_", "same"),
+    [
+        (WHOLE, True),
+        (WHOLE._replace(metadata={"n": [1, 2.5], "note": "rent"}), True),
+        (WHOLE._replace(metadata={"note": "rent", "n": [2.5, 1]}), False),
+        (WHOLE._replace(metadata=None), False),
+        (WHOLE._replace(amount=6), False),
+        (WHOLE._replace(counterparty="u"), False),
+        (WHOLE._replace(type="WITHDRAW", counterparty=None), False),
+        (WHOLE._replace(wallet="v", counterparty="w"), False),
+        (WHOLE._replace(wallet="u"), False),
+        (deposit("v", A, 5, metadata=WHOLE.metadata), False),
+    ],
+)
+def test_a_repeat_is_the_same_request_only_if_all_of_it_is(
+    request_: Request, same: bool, service: psycopg.Connection
+) -> None:
+    create(service, {"w": 9, "v": 9, "u": 9})
+    recorded = apply(service, WHOLE)
+    for atomic in (False, True):
+        [row] = apply_all(service, [request_], atomic)
+        assert (row.sqlstate, row.same_request) == ("WA409", same)
+        assert operation(row) == (recorded if request_.wallet == "w" else (None,) * 12)
+
+
+@pytest.mark.parametrize(("first", "again"), [({}, None), (None, {}), ({}, {})])
+def test_empty_metadata_is_none(first: object, again: object, service: psycopg.Connection) -> None:
+    create(service, {"w": 0})
+    assert apply(service, deposit("w", A, 1, metadata=first)).metadata is None
+    assert [row.metadata for row in apply_all(service, [deposit("w", B, 1, metadata=first)])] == [None]
+    rows = apply_all(service, [deposit("w", one, 1, metadata=again) for one in (A, B)])
+    assert [row.same_request for row in rows] == [True, True]
+
+
+def test_both_rows_of_a_transfer_tell_of_it(service: psycopg.Connection) -> None:
+    create(service, {"w": 9, "v": 1})
+    one, [row] = apply(service, WHOLE), apply_all(service, [WHOLE._replace(operation=B, amount=2)])
+    for paid, after in ((one, (4, 6)), (row, (2, 8))):
+        [received] = call(service, "get_operation", "v", paid.operation_uuid)
+        assert (paid.wallet_uuid, paid.operation_type, paid.counterparty_uuid) == ("w", "TRANSFER", "v")
+        assert (received.wallet_uuid, received.operation_type, received.counterparty_uuid) == ("v", "RECEIVE", "w")
+        assert (paid.balance_after, received.balance_after) == after
+        assert (received.amount, received.metadata, received.created_at) == (
+            paid.amount,
+            paid.metadata,
+            paid.created_at,
+        )
+    assert [call(service, "get_wallet", wallet)[0].seq for wallet in "wv"] == [3, 3]
+
+
+# All or nothing
+
+
+def test_an_atomic_batch_that_is_sent_again_is_recognised(service: psycopg.Connection) -> None:
+    create(service, {"w": 100, "v": 0})
+    requests = [transfer("w", "v", A, 60), deposit("w", B, 5), withdraw("v", C, 60)]
+    applied = apply_all(service, requests, atomic=True)
+    repeated = apply_all(service, requests, atomic=True)
+
+    assert [row.sqlstate for row in applied] == [None] * 3
+    assert [(row.sqlstate, row.same_request) for row in repeated] == [("WA409", True)] * 3
+    assert [operation(row) for row in repeated] == [operation(row) for row in applied]
+    assert balances(service, "wv") == {"w": 45, "v": 0}
+
+
+def test_in_a_refused_atomic_batch_duplicates_are_told_and_the_innocent_leave_nothing(
+    service: psycopg.Connection,
+) -> None:
+    create(service, {"w": 10, "v": 0})
+    recorded = apply(service, deposit("w", A, 1))
+    requests = [
+        deposit("w", A, 1),
+        transfer("w", "v", B, 11),
+        transfer("w", "v", B, 11),
+        withdraw("v", C, 12),
+        deposit("v", D, 1),
+    ]
+    rows = apply_all(service, requests, atomic=True)
+
+    assert [(row.sqlstate, row.same_request) for row in rows] == [
+        ("WA409", True),
+        ("WA425", None),
+        ("WA409", None),
+        ("WA402", None),
+        ("WA425", None),
+    ]
+    assert [operation(row) for row in rows] == [recorded, *[(None,) * 12] * 4]
+    assert balances(service, "wv") == {"w": 11, "v": 0}
+    assert [outcome(service, request) for request in requests[1:3]] == [None, "WA409"]
+    assert call(service, "verify") == []
+
+
+def test_an_empty_atomic_batch_has_no_rows(service: psycopg.Connection) -> None:
+    assert call(service, "apply_operations", [], [], [], [], None, None, None, None, True) == []
+
+
+# A last moment
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments"),
+    [
+        ("apply_operation", ["w", A, "DEPOSIT", 5, None, None, None, None]),
+        ("apply_operations", [["w"], [A], ["DEPOSIT"], [5], None, None, None, None, False]),
+        ("apply_operations", [["w"], [A], ["DEPOSIT"], [5], None, None, None, None, True]),
+    ],
+)
+def test_a_call_after_its_last_moment_is_taken_back(
+    function: str, arguments: list[object], service: psycopg.Connection
+) -> None:
+    create(service, {"w": 1})
+    now = datetime.now(UTC)
+    with pytest.raises(psycopg.errors.QueryCanceled):
+        call(service, function, *arguments, now - timedelta(seconds=1))
+    assert balances(service, ["w"]) == {"w": 1}
+    assert call(service, function, *arguments, now + timedelta(minutes=1))[0].balance_after == 6
+
+
+def test_no_session_keeps_a_plan_that_reads_the_whole_ledger(
+    service: psycopg.Connection, superuser: psycopg.Connection
+) -> None:
+    """It has planned its calls when the ledger was empty, and known to be."""
+    superuser.execute("vacuum analyze wallet.operation")
+    create(service, {"w": 0, "v": 0})
+    calls = (
+        ("apply_operation", "w", "{uuid}", "DEPOSIT", 5),
+        ("apply_operation", "w", "{uuid}", "TRANSFER", 1, "v"),
+        ("get_wallet", "w"),
+        ("get_wallet", "w", datetime(2020, 1, 1, tzinfo=UTC)),
+        ("get_operation", "w", A),
+        ("list_operations", "w"),
+        ("list_operations", "w", None, 100, datetime(2020, 1, 1, tzinfo=UTC), datetime.now(UTC)),
+        ("list_wallets",),
+        ("set_status", "v", "OPEN"),
+        ("create_wallet",),
+    )
+    scans = "select seq_scan from pg_stat_xact_all_tables where relid = 'wallet.operation'::regclass"
+    deposit_a = deposit("w", A, 5)
+    with service.transaction():
+        apply(service, deposit_a)
+        apply_all(service, [deposit("w", B, 5), transfer("w", "v", C, 5)])
+        for _ in range(7):
+            for function, *arguments in calls:
+                call(service, function, *(uuid4() if argument == "{uuid}" else argument for argument in arguments))
+        assert service.execute(scans).fetchall() == [(0,)]

@@ -10,7 +10,7 @@ import psycopg
 import pytest
 
 from app.calls.refusals import LOCKED, REFUSED
-from tests.cases import A, B, C, Request, deposit, withdraw
+from tests.cases import A, B, C, Request, deposit, transfer, withdraw
 from tests.db.door import apply, apply_all, balances, call, create, outcome
 from tests.db.test_concurrency import hold, lock, pool, session, wait_until_blocked
 
@@ -204,11 +204,92 @@ def test_what_the_database_refuses_is_refused_to_its_own_request(
     assert call(service, "verify") == []
 
 
-def test_a_seq_that_disagrees_with_the_ledger_is_no_duplicate_and_no_stale_snapshot(
+def test_what_another_unique_index_refuses_is_no_duplicate(
     service: psycopg.Connection, superuser: psycopg.Connection
 ) -> None:
     create(service, {"a": 5, "b": 0})
-    superuser.execute("update wallet.wallet set seq = 0 where uuid = 'a'")
+    superuser.execute("create unique index one on wallet.operation (wallet_uuid) where wallet_uuid = 'a'")
     check(service, fresh("b"), fresh("a", "23505"), fresh("b"))
     assert outcome(service, fresh("a")) == "23505"
     assert balances(service, "ab") == {"a": 5, "b": 2}
+
+
+# Transfers
+
+
+@pytest.mark.parametrize("locked", ["b", "c"], ids=["payer", "payee"])
+def test_a_transfer_with_a_locked_wallet_is_told_so_unless_it_is_a_repeat(
+    locked: str, hasty: psycopg.Connection, lock: psycopg.Connection
+) -> None:
+    create(hasty, {"a": 0, "b": 100, "c": 0, "d": 9})
+    apply(hasty, transfer("b", "c", A, 5))
+    hold(lock, locked)
+
+    for door in (check, check_one_by_one):
+        door(
+            hasty,
+            transfer("b", "c", uuid4(), 5, "55P03"),
+            transfer("b", "c", A, 5, "WA409"),
+            transfer("b", "nobody", uuid4(), 5, "WA404"),
+            transfer("nobody", "c", uuid4(), 5, "WA404"),
+            transfer("b", "a b", uuid4(), 5, "WA400"),
+            transfer("d", "a", uuid4(), 1),
+        )
+
+    lock.rollback()
+    assert balances(hasty, "abcd") == {"a": 2, "b": 95, "c": 5, "d": 7}
+
+
+def check_one_by_one(connection: psycopg.Connection, *requests: Request) -> None:
+    assert [outcome(connection, request) for request in requests] == [request.outcome for request in requests]
+
+
+@pytest.mark.parametrize("do", [apply, lambda c, r: apply_all(c, [r])], ids=["operation", "batch"])
+def test_a_transfer_that_waits_for_one_wallet_does_not_hold_the_other(
+    do: Callable[[psycopg.Connection, Request], object],
+    hasty: psycopg.Connection,
+    service: psycopg.Connection,
+    superuser: psycopg.Connection,
+    lock: psycopg.Connection,
+    pool: ThreadPoolExecutor,
+) -> None:
+    create(hasty, {"a": 0, "b": 1})
+    hasty.execute("set lock_timeout = '20s'")
+    hold(lock, "b")
+    waiting = pool.submit(do, hasty, transfer("b", "a", uuid4(), 1))
+    wait_until_blocked(superuser, hasty)
+
+    service.execute("set lock_timeout = '1ms'")
+    assert outcome(service, fresh("a")) is None
+
+    lock.rollback()
+    waiting.result()
+    assert balances(service, "ab") == {"a": 2, "b": 0}
+
+
+# All or nothing
+
+
+def test_an_atomic_batch_with_a_locked_wallet_applies_nothing(
+    hasty: psycopg.Connection, lock: psycopg.Connection
+) -> None:
+    create(hasty, {"a": 0, "b": 0})
+    hold(lock, "b")
+    requests = [fresh("a"), fresh("b"), fresh("a")]
+    rows = apply_all(hasty, requests, atomic=True)
+    assert [row.sqlstate for row in rows] == ["WA425", "55P03", "WA425"]
+    lock.rollback()
+    assert balances(hasty, "ab") == {"a": 0, "b": 0}
+    assert [row.sqlstate for row in apply_all(hasty, requests, atomic=True)] == [None] * 3
+
+
+def test_an_atomic_batch_of_which_the_database_refuses_one_request_applies_nothing(
+    service: psycopg.Connection, superuser: psycopg.Connection
+) -> None:
+    create(service, {"a": 0, "b": 0})
+    superuser.execute("alter table wallet.operation add constraint small check (amount < 5)")
+    requests = [fresh("a"), deposit("b", uuid4(), 5), fresh("b"), deposit("a", uuid4(), 0)]
+    rows = apply_all(service, requests, atomic=True)
+    assert [row.sqlstate for row in rows] == ["WA425", "23514", "WA425", "WA400"]
+    assert rows[1].message == REFUSED
+    assert balances(service, "ab") == {"a": 0, "b": 0}

@@ -78,7 +78,7 @@ def execute(connection: psycopg.Connection, statements: str) -> None:
 def books(connection: psycopg.Connection) -> tuple[list[Any], list[Any]]:
     """Return wallets and operations, and see that they are right."""
     assert call(connection, "verify") == []
-    wallets = connection.execute("select id, uuid, balance, seq from wallet.wallet order by id").fetchall()
+    wallets = connection.execute("select id, uuid, balance, seq from wallet.balance order by id").fetchall()
     query = """
         select wallet_uuid, seq, operation_uuid, operation_type, amount, balance_after
         from wallet.operation order by wallet_uuid, seq"""

@@ -10,35 +10,42 @@ from tests.cases import MESSAGES, A, B, deposit, withdraw
 from tests.conftest import url_of
 from tests.db.door import apply, apply_all, balances, call, create, outcome
 
-INLINED = {"name_fault", "argument_fault", "funds_fault", "fault_message"}
+INLINED = {"name_fault", "names_fault", "argument_fault", "state_fault", "fault_message", "is_same_request"}
 """Not security definer and not pinned: such a function could not be inlined into its callers, which are both."""
 
 INTERNAL = [
     "select wallet.name_fault('w')",
-    "select wallet.argument_fault(gen_random_uuid(), 'DEPOSIT', 1)",
-    "select wallet.funds_fault('DEPOSIT', 1, 1)",
+    "select wallet.names_fault('w', 'v')",
+    "select wallet.argument_fault('w', gen_random_uuid(), 'DEPOSIT', 1, null, null, null, null)",
+    "select wallet.state_fault('DEPOSIT', 1, 'OPEN', 1, null, null, null, null)",
+    "select wallet.is_same_request(null, 'DEPOSIT', 1, null, null, null, null)",
     "select wallet.fault_message('WA404')",
     "select wallet.raise_wallet_not_found('w')",
+    "select wallet.raise_isolation_level()",
+    "select wallet.lock_wallets('{w}')",
     "select wallet.wait_for_wallet('w', '1s')",
+    "select wallet.seq_before('w', now())",
 ]
 READING = [
     "select wallet.get_wallet('w')",
     "select wallet.get_operation('w', 'aaaaaaaa-0000-4000-8000-000000000000')",
     "select wallet.list_operations('w')",
+    "select wallet.list_wallets()",
     "select wallet.contract_version()",
     "select wallet.verify()",
 ]
 WRITING = [
     "select wallet.create_wallet()",
+    "select wallet.set_status('w', 'OPEN')",
     "select wallet.apply_operation('w', gen_random_uuid(), 'DEPOSIT', 1)",
     "select wallet.apply_operations('{w}', array[gen_random_uuid()], '{DEPOSIT}', '{1}')",
     "do 'begin perform wallet.raise_too_late(); exception when query_canceled then end'",
 ]
-SELECTS = ["select from wallet.wallet", "select from wallet.operation"]
+SELECTS = ["select from wallet.wallet", "select from wallet.operation", "select from wallet.balance"]
 TAMPERING = [
     "insert into wallet.wallet (uuid) values ('forged')",
     "insert into wallet.operation values ('w', 'DEPOSIT', gen_random_uuid(), 2, 1, 101)",
-    "update wallet.wallet set balance = 1000000",
+    "update wallet.wallet set status = 'CLOSED'",
     "update wallet.operation set amount = 1000000",
     "delete from wallet.wallet",
     "delete from wallet.operation",
@@ -49,7 +56,7 @@ TAMPERING = [
     "select nextval('wallet.wallet_id_seq')",
     "select setval('wallet.wallet_id_seq', 1)",
     "copy wallet.wallet (uuid) from stdin",
-    "alter table wallet.operation drop constraint operation_operation_uuid_key",
+    "alter table wallet.operation drop constraint operation_pkey",
     "drop table wallet.operation",
     "drop function wallet.verify()",
     "drop schema wallet cascade",
@@ -149,7 +156,7 @@ def test_nobody_can_pass_on_what_was_granted(service: psycopg.Connection, report
     before = service.execute(granted).fetchone()
     told: list[str | None] = []
     for connection, grant in (
-        (service, "grant execute on function wallet.create_wallet(text) to public"),
+        (service, "grant execute on function wallet.create_wallet(text, text, timestamptz) to public"),
         (service, "grant usage on schema wallet to public"),
         (report, "grant select on wallet.operation to public"),
     ):
@@ -228,7 +235,7 @@ def test_nobody_but_the_owner_may_change_a_table(superuser: psycopg.Connection) 
         select distinct c.relname::text, a.grantee::regrole::text, a.privilege_type
         from pg_class as c, aclexplode(c.relacl) as a
         where c.relnamespace = 'wallet'::regnamespace and a.grantee <> c.relowner order by 1, 2, 3""").fetchall()
-    assert privileges == [("operation", "wallet_reader", "SELECT"), ("wallet", "wallet_reader", "SELECT")]
+    assert privileges == [(name, "wallet_reader", "SELECT") for name in ("balance", "operation", "wallet")]
 
 
 @pytest.mark.parametrize(
@@ -270,7 +277,7 @@ def test_nothing_is_granted_by_default_and_nothing_runs_unasked(listed: Callable
     unasked = """
         select tgname from pg_trigger join pg_class as c on c.oid = tgrelid where relnamespace = 'wallet'::regnamespace
         union all select rulename from pg_rewrite join pg_class as c on c.oid = ev_class
-        where relnamespace = 'wallet'::regnamespace"""
+        where relnamespace = 'wallet'::regnamespace and relkind <> 'v'"""
     assert listed(unasked) == []
 
 
@@ -286,7 +293,8 @@ def test_everything_has_a_comment(listed: Callable[[str], list[object]]) -> None
         select oid::regprocedure::text from pg_proc
         where pronamespace = 'wallet'::regnamespace and obj_description(oid, 'pg_proc') is null
         union all select oid::regclass::text from pg_class
-        where relnamespace = 'wallet'::regnamespace and relkind = 'r' and obj_description(oid, 'pg_class') is null
+        where relnamespace = 'wallet'::regnamespace and relkind in ('r', 'v')
+          and obj_description(oid, 'pg_class') is null
         union all select attrelid::regclass || '.' || attname from pg_attribute
         where attrelid in (select oid from pg_class where relnamespace = 'wallet'::regnamespace and relkind = 'r')
         and attnum > 0 and not attisdropped and col_description(attrelid, attnum) is null
@@ -352,6 +360,6 @@ def test_settings_of_the_caller_change_no_outcome(settings: Sequence[str], servi
     for setting in settings:
         service.execute(f"set {setting}")
     requests = [withdraw("w", B, 60), withdraw("w", B, 60), withdraw("w", A, 60), deposit("nobody", A, 1)]
-    refused = [row[1:3] for row in apply_all(service, requests)]
+    refused = [(row.sqlstate, row.message) for row in apply_all(service, requests)]
     assert refused == [(code, MESSAGES.get(code or "")) for code in (None, "WA409", "WA409", "WA404")]
     assert call(service, "verify") == []

@@ -1,8 +1,10 @@
 """db/README.md is run: its psql sessions are typed in, and what psql answers must be what stands there."""
 
+import csv
 import re
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import psycopg
@@ -42,10 +44,11 @@ def steps(readme: str) -> list[Step]:
     return found
 
 
-def psql(url: str, commands: list[str]) -> list[str]:
-    """Type commands into psql and return what it answers to each."""
+def psql(url: str, commands: list[str], folder: Path) -> list[str]:
+    """Type commands into psql, which runs in a folder, and return what it answers to each."""
     typed = "".join(f"{command}\n\\echo {END}\n\\warn {END}\n" for command in commands)
-    ran = subprocess.run([BINARIES / "psql", "-X", url], input=typed, capture_output=True, text=True, check=True)
+    program = [BINARIES / "psql", "-X", url]
+    ran = subprocess.run(program, cwd=folder, input=typed, capture_output=True, text=True, check=True)
     answers = zip(ran.stdout.split(f"{END}\n"), ran.stderr.split(f"{END}\n"), strict=True)
     return [stripped(output + errors) for output, errors in answers]
 
@@ -66,12 +69,16 @@ def demonstration(superuser: psycopg.Connection) -> Iterator[dict[str, str]]:
 
 
 @pytest.mark.parametrize("prompt", ["#", ">"], ids=["superuser", "service"])
-def test_psql_answers_what_the_readme_shows(prompt: str, demonstration: dict[str, str]) -> None:
+def test_psql_answers_what_the_readme_shows(prompt: str, demonstration: dict[str, str], tmp_path: Path) -> None:
     session = [step for step in steps(README) if step.prompt == prompt]
     assert session
-    answers = psql(demonstration[prompt], [step.command for step in session])
+    answers = psql(demonstration[prompt], [step.command for step in session], tmp_path)
     for step, answer in zip(session, answers, strict=False):
         assert answer == stripped(step.output), step.command
+    for statement in tmp_path.glob("statement.csv"):
+        with statement.open() as lines:
+            found = [(row["operation_type"], int(row["amount"])) for row in csv.DictReader(lines)]
+        assert found == [("RECEIVE", 600), ("WITHDRAW", 100), ("DEPOSIT", 700), ("WITHDRAW", 200)]
 
 
 def test_the_readme_shows_every_function_every_outcome_and_the_tested_commands() -> None:

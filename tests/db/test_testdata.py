@@ -1,5 +1,6 @@
 """The demonstration wallets come and go beside whatever else happens in the database."""
 
+import subprocess
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -9,10 +10,11 @@ import psycopg
 import pytest
 
 from app.settings import CHECKOUT
-from tests.cases import A, deposit
+from tests.cases import A, B, deposit
 from tests.conftest import url_of
 from tests.db.door import apply, call, create, outcome
 from tests.db.test_migrations import DEMONSTRATION, dbmate
+from tests.db.test_verify import transfer
 
 [MIGRATION] = (CHECKOUT / "db" / "testdata").glob("*.sql")
 
@@ -75,6 +77,30 @@ def test_a_rollback_comes_through_beside_writers(deployed: str, database_url: st
         for writer in writers:
             assert writer.result(30) == {None, "WA404"}
     assert call(service, "verify") == []
+
+
+@pytest.mark.parametrize(("payer", "payee"), [("1111111111", "other"), ("other", "5555555555")])
+def test_a_rollback_is_refused_where_it_would_take_one_side_of_a_transfer(
+    payer: str, payee: str, deployed: str, service: psycopg.Connection
+) -> None:
+    create(service, {"other": 10})
+    transfer(service, "1111111111", "2222222222", B, 4)
+    transfer(service, payer, payee, A, 5)
+    before = call(service, "list_wallets")
+
+    with pytest.raises(subprocess.CalledProcessError) as refused:
+        dbmate(deployed, "testdata rollback")
+
+    assert "refused: money was transferred" in refused.value.stderr.decode()
+    assert call(service, "list_wallets") == before
+
+
+def test_a_rollback_takes_transfers_between_its_wallets(
+    deployed: str, superuser: psycopg.Connection, service: psycopg.Connection
+) -> None:
+    transfer(service, "1111111111", "2222222222", A, 5)
+    dbmate(deployed, "testdata rollback")
+    assert superuser.execute("select from wallet.operation").fetchall() == []
 
 
 def test_nobody_else_s_functions_are_run(superuser: psycopg.Connection) -> None:

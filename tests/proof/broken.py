@@ -6,13 +6,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import asyncpg
+import msgspec
+from aiohttp import web
 
 from app.__main__ import main
 from app.calls import database, dispatch, line
 from app.calls.database import connect
 from app.calls.line import Line, Outcome, Request
+from app.calls.records import Operation
 from app.calls.refusals import NO_SUCCESS
 from app.settings import Settings
+from app.web import handlers
 
 COMMIT_DELAY = 0.05
 """Seconds between an answer that comes too early and its commit."""
@@ -26,15 +30,17 @@ class EarlyLine(Line):
         self._session: asyncpg.Connection | None = None
         self._commit: asyncio.Task[None] | None = None
 
-    async def apply(self, requests: Sequence[Request], last: float, *, again: bool = False) -> list[Outcome]:
+    async def apply(
+        self, requests: Sequence[Request], last: float, *, again: bool = False, atomic: bool = False
+    ) -> list[Outcome]:
         """Apply requests, and commit later."""
         while True:
             try:
-                return await self._apply_early(requests)
+                return await self._apply_early(requests, atomic=atomic)
             except NO_SUCCESS:
                 await asyncio.sleep(0.05)
 
-    async def _apply_early(self, requests: Sequence[Request]) -> list[Outcome]:
+    async def _apply_early(self, requests: Sequence[Request], *, atomic: bool) -> list[Outcome]:
         if self._commit is not None:
             commit, self._commit = self._commit, None
             await commit
@@ -42,16 +48,50 @@ class EarlyLine(Line):
             self._session = await connect(self._url, self._deadline, "wallet lane")
         transaction = self._session.transaction()
         await transaction.start()
-        columns = [list(column) for column in zip(*requests, strict=True)]
-        rows = await self._session.fetch(
-            f"select {', '.join(Outcome._fields)} from wallet.apply_operations($1, $2, $3, $4)", *columns
-        )
+        wallets, operations, types, amounts, counterparties, metadata, _ = zip(*requests, strict=True)
+        texts = line._literal(wallets), operations, line._literal(types), amounts
+        others = line._literal_or_null(counterparties), metadata, atomic, None
+        rows = await self._session.fetch(line._APPLY_WHOLE, *texts, *others)
         self._commit = asyncio.create_task(self._commit_later(transaction))
         return [Outcome(*row.values()) for row in rows]
 
     async def _commit_later(self, transaction: asyncpg.transaction.Transaction) -> None:
         await asyncio.sleep(COMMIT_DELAY)
         await transaction.commit()
+
+
+class PiecemealLine(Line):
+    """A line that applies of an atomic request what it can."""
+
+    async def apply(
+        self, requests: Sequence[Request], last: float, *, again: bool = False, atomic: bool = False
+    ) -> list[Outcome]:
+        """Apply requests, each by itself."""
+        return await super().apply(requests, last, again=again)
+
+
+def applies_parts() -> None:
+    """Apply what can be applied of an atomic request."""
+    dispatch.Line = PiecemealLine  # type: ignore[misc]
+
+
+def calls_repeats_new() -> None:
+    """Answer 201 to a PUT whatever it did."""
+
+    def respond(told: Any, status: int = 200, **more: Any) -> web.Response:
+        return good(told, 201 if isinstance(told, Operation) else status, **more)
+
+    good, handlers.respond = handlers.respond, respond
+
+
+def tells_another() -> None:
+    """Show an operation with another seq than it has."""
+
+    def respond(told: Any, status: int = 200, **more: Any) -> web.Response:
+        another = msgspec.structs.replace(told, seq=told.seq + 1) if isinstance(told, Operation) else told
+        return good(another, status, **more)
+
+    good, handlers.respond = handlers.respond, respond
 
 
 def answers_early() -> None:
@@ -61,7 +101,7 @@ def answers_early() -> None:
 
 def forgets_its_calls() -> None:
     """Make a lost call again without recognising what it had applied itself."""
-    line._recognise = lambda requests, outcomes, own: outcomes
+    line._recognise = lambda requests, outcomes, own, atomic: outcomes
 
 
 def trusts_the_settings() -> None:
@@ -77,6 +117,9 @@ def trusts_the_settings() -> None:
 if __name__ == "__main__":
     {
         "answers_early": answers_early,
+        "applies_parts": applies_parts,
+        "calls_repeats_new": calls_repeats_new,
+        "tells_another": tells_another,
         "forgets_its_calls": forgets_its_calls,
         "trusts_the_settings": trusts_the_settings,
     }[sys.argv[1]]()

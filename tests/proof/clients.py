@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import time
 from collections import deque
 from collections.abc import AsyncIterator
@@ -13,12 +14,17 @@ import asyncpg
 import msgspec
 
 from app.calls.refusals import NO_SUCCESS
-from tests.proof.history import APPLIED, DUPLICATE, NOT_APPLIED, UNKNOWN, Attempt, History, Operation, Read
+from tests.proof.history import APPLIED, DUPLICATE, NOT_APPLIED, Attempt, History, Operation, Read, Row
 
 CLIENTS = 64
 READERS = 4
 HOT = "hot"
 WALLETS = (HOT, *(f"spread{number}" for number in range(20)))
+CIRCLE = ("circle0", "circle1", "circle2")
+"""Wallets that only pay each other: their sum stays what it is."""
+CAPITAL = 100
+"""What each of them is given at first."""
+OTHER = "duplicate of another request"
 RECENT = 200
 """Operations, answered or not, of which one is sent again now and then."""
 
@@ -66,12 +72,12 @@ class Connection:
             self._writer.transport.abort()
             self._writer = None
 
-    async def ask(self, path: str, body: object = None) -> Answer:
-        """Send a GET, or a POST of a body, before anything is awaited. Raises Lost, or TimeoutError if it hangs."""
+    async def ask(self, path: str, body: object = None, method: str = "POST") -> Answer:
+        """Send a GET, or a body, before anything is awaited. Raises Lost, or TimeoutError if it hangs."""
         assert self._reader is not None
         assert self._writer is not None
         encoded = b"" if body is None else msgspec.json.encode(body)
-        method = "GET" if body is None else "POST"
+        method = "GET" if body is None else method
         head = f"{method} {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n"
         if body is not None:
             head += f"Content-Type: application/json\r\nContent-Length: {len(encoded)}\r\n"
@@ -94,10 +100,11 @@ class Connection:
 
 
 class Load:
-    """Clients that deposit and withdraw until they are told to stop, through the REST door on a port.
+    """Clients that deposit, withdraw and transfer until they are told to stop, through the REST door on a port.
 
     Most money is on one hot wallet; withdrawals are larger than deposits, so that wallets are empty again and again.
-    Operations are sent again while they are under way and after they were answered, one by one and in bulk.
+    Operations are sent again while they are under way and after they were answered, by POST, PUT and in bulk. An atomic
+    request is only sent again as a whole.
     """
 
     def __init__(self, port: int, random: Random, history: History, deadline: float = 10) -> None:
@@ -111,6 +118,7 @@ class Load:
         self._random = random
         self._over = False
         self._recent: deque[Operation] = deque(maxlen=RECENT)
+        self._requests = itertools.count(1)
 
     @contextlib.asynccontextmanager
     async def running(self, database: str) -> AsyncIterator[None]:
@@ -149,14 +157,17 @@ class Load:
 
     async def settle(self) -> None:
         """Ask for every operation whose outcome is unknown until it is known, 16 at a time."""
-        waiting = self.history.open()
+        requests = {operation.together[0].uuid: operation for operation in self.history.open()}
+        waiting = list(requests.values())
 
         async def settle() -> None:
             with contextlib.closing(Connection(self._port, self._patience)) as connection:
                 while waiting:
                     operation = waiting.pop()
-                    while operation.is_open:
-                        await asyncio.sleep((operation.unknown_until or 0) - time.monotonic())
+                    while any(one.is_open for one in operation.together):
+                        await asyncio.sleep(
+                            max(one.unknown_until or 0 for one in operation.together) - time.monotonic()
+                        )
                         await connection.open()
                         await self.ask(connection, operation)
 
@@ -164,41 +175,60 @@ class Load:
             await asyncio.gather(*(settle() for _ in range(16)))
 
     async def ask(self, connection: Connection, operation: Operation) -> None:
-        """Make one attempt at an operation and write down what came of it."""
-        attempt = self._write_down(connection, operation)
-        answer = await self._answer(connection, f"/api/v1/wallets/{operation.wallet}/operation", _body(operation))
-        self._note_end(answer, attempt)
-        if answer is not None and answer.status == 503 and answer.body["code"] in NOT_APPLIED:
-            attempt.outcome = answer.body["code"]
-        if answer is None or answer.status >= 500:
+        """Make one attempt at an operation, or at the atomic request that it is in, and write down what came of it."""
+        if operation.bundle:
+            await self.ask_for_many(connection, operation.bundle, atomic=True)
             return
-        if answer.status == 200:
+        attempt = self._write_down(connection, operation)
+        put = self._random.random() < 0.5
+        answer = await self._answer_to(connection, operation.wallet, _body(operation), put=put)
+        self._note_end(answer, attempt)
+        if answer is None:
+            return
+        if answer.status in (200, 201) and put:
+            attempt.outcome = APPLIED if answer.status == 201 else DUPLICATE
+            attempt.told = _row(answer.body)
+        elif answer.status == 200:
             attempt.outcome = APPLIED
-            self._succeeded(1, attempt.ended)
             if answer.body != str(operation.uuid):
                 self.history.complaints["a 200 that names another operation"] += 1
-        elif answer.body["code"] != "duplicate_operation":
-            attempt.outcome = answer.body["code"]
-        else:
-            attempt.outcome = DUPLICATE if answer.body.get("same_request") else "duplicate of another request"
+        elif answer.status < 500 or answer.body["code"] in NOT_APPLIED:
+            attempt.outcome, attempt.told = _refusal(answer.body)
+        if answer.status == 409:
+            attempt.outcome = OTHER
+        self._succeeded(attempt.outcome == APPLIED, attempt.ended)
 
-    async def ask_for_many(self, connection: Connection, operations: list[Operation]) -> None:
+    async def ask_for_another(self, connection: Connection, operation: Operation) -> None:
+        """Ask for a request that differs, under the uuid of an operation that is known to be applied: it is refused."""
+        put = self._random.random() < 0.5
+        body = _body(operation) | {"amount": operation.amount + 1}
+        answer = await self._answer_to(connection, operation.wallet, body, put=put)
+        if answer is None or answer.status in (429, 503):
+            return
+        refused = answer.status == (409 if put else 400) and answer.body["code"] == "duplicate_operation"
+        if not refused or answer.body["same_request"] or _row(answer.body["operation"]).uuid != operation.uuid:
+            self.history.complaints[f"another request under a uuid was answered {answer.status} {answer.body}"] += 1
+
+    async def ask_for_many(self, connection: Connection, operations: list[Operation], *, atomic: bool = False) -> None:
         """Make one attempt at each of some operations in a bulk request. No uuid stands in it twice."""
         attempts = [self._write_down(connection, operation) for operation in operations]
+        number = next(self._requests) if atomic else None
         for attempt in attempts:
             attempt.in_bulk = True
+            attempt.request = number
         body = [{"wallet_uuid": operation.wallet, **_body(operation)} for operation in operations]
-        answer = await self._answer(connection, "/api/v1/operations", {"operations": body})
+        answer = await self._answer(connection, "/api/v1/operations", {"operations": body, "atomic": atomic})
         ended = self._note_end(answer, *attempts)
         if answer is not None and answer.status == 200:
-            outcomes = [one.get("code", APPLIED) for one in answer.body["results"]]
-        elif answer is not None and answer.status < 500:
-            outcomes = [answer.body["code"]] * len(attempts)
-        else:
-            outcomes = [UNKNOWN] * len(attempts)
-        for attempt, outcome in zip(attempts, outcomes, strict=True):
-            attempt.outcome = DUPLICATE if outcome == "duplicate_operation" else outcome
-        self._succeeded(outcomes.count(APPLIED), ended)
+            for operation, attempt, result in zip(operations, attempts, answer.body["results"], strict=True):
+                if result["applied"]:
+                    attempt.outcome, attempt.told = APPLIED, _applied(operation, result)
+                else:
+                    attempt.outcome, attempt.told = _refusal(result)
+        elif answer is not None and (answer.status < 500 or answer.body["code"] in NOT_APPLIED):
+            for attempt in attempts:
+                attempt.outcome = answer.body["code"]
+        self._succeeded(sum(attempt.outcome == APPLIED for attempt in attempts), ended)
 
     async def deposit_and_read(self, random: Random, over: float) -> None:
         """Deposit and read in turn, on one connection, until a moment."""
@@ -211,12 +241,15 @@ class Load:
                 await self._read(connection, wallet)
 
     async def create_wallets(self) -> None:
-        """Create the wallets, empty."""
+        """Create the wallets: empty, but for those of the circle."""
         with contextlib.closing(Connection(self._port)) as connection:
-            for wallet in WALLETS:
+            for wallet in (*WALLETS, *CIRCLE):
                 await connection.open()
                 answer = await connection.ask("/api/v1/wallets", {"uuid": wallet})
                 assert answer.status == 201, answer
+            for wallet in CIRCLE:
+                await connection.open()
+                await self.ask(connection, self._operation(wallet, "DEPOSIT", CAPITAL))
 
     async def _client(self, random: Random) -> None:
         again: Operation | None = None
@@ -234,26 +267,59 @@ class Load:
         if again is None and choice < 0.03:
             await self.ask_for_many(connection, self._some(random, random.randint(1, 20)))
             return None
-        repeated = self._recent and choice < 0.1
-        operation = again or (random.choice(self._recent) if repeated else self._new(random))
-        if again is not None and random.random() < 0.3:  # a client may ask again through the other path
+        if again is None and choice < 0.05 and (applied := self._applied_before(random)):
+            await self.ask_for_another(connection, applied)
+            return None
+        operation = again or self._next(random)
+        if again is not None and not again.bundle and random.random() < 0.3:  # it may be asked again on the other path
             await self.ask_for_many(connection, [operation])
         else:
             await self.ask(connection, operation)
         return operation if operation.is_open and random.random() < 0.5 else None
 
-    def _new(self, random: Random, wallet: str | None = None, kind: str | None = None) -> Operation:
+    def _next(self, random: Random) -> Operation:
+        """Return an operation to ask for: a new one, one of an atomic request, or one that was asked for before."""
+        match random.choices(("new", "transfer", "circle", "together", "again"), (60, 15, 10, 5, 10))[0]:
+            case "again" if self._recent:
+                return random.choice(self._recent)
+            case "together":
+                bundle = [self._new(random, transfers=0.4) for _ in range(random.randint(2, 5))]
+                for operation in bundle:
+                    operation.bundle = bundle
+                return bundle[0]
+            case "transfer":
+                return self._new(random, transfers=1)
+            case "circle":
+                payer, payee = random.sample(CIRCLE, 2)
+                return self._operation(payer, "TRANSFER", random.randint(1, CAPITAL), payee)
+        return self._new(random)
+
+    def _applied_before(self, random: Random) -> Operation | None:
+        """Return an operation that is known to be applied."""
+        known = [one for one in self._recent if one.acknowledged is not None]
+        return random.choice(known) if known else None
+
+    def _new(
+        self, random: Random, wallet: str | None = None, kind: str | None = None, transfers: float = 0
+    ) -> Operation:
         wallet = wallet or (HOT if random.random() < 0.4 else random.choice(WALLETS))
+        if random.random() < transfers:
+            payee = random.choice([other for other in WALLETS if other != wallet])
+            return self._operation(wallet, "TRANSFER", random.randint(1, 100), payee)
         kind = kind or random.choice(("DEPOSIT", "WITHDRAW"))
-        amount = random.randint(1, 100 if kind == "DEPOSIT" else 150)
-        operation = Operation(wallet, UUID(int=random.getrandbits(128), version=4), kind, amount)
-        self.history.operations[operation.uuid] = operation
+        return self._operation(wallet, kind, random.randint(1, 100 if kind == "DEPOSIT" else 150))
+
+    def _operation(self, wallet: str, kind: str, amount: int, payee: str | None = None) -> Operation:
+        uuid = UUID(int=self._random.getrandbits(128), version=4)
+        operation = Operation(wallet, uuid, kind, amount, payee=payee)
+        self.history.operations[uuid] = operation
         self._recent.append(operation)
         return operation
 
     def _some(self, random: Random, count: int) -> list[Operation]:
-        again = random.sample(self._recent, min(len(self._recent), count // 4))
-        return [*again, *(self._new(random) for _ in range(count - len(again)))]
+        alone = [operation for operation in self._recent if not operation.bundle]
+        again = random.sample(alone, min(len(alone), count // 4))
+        return [*again, *(self._new(random, transfers=0.3) for _ in range(count - len(again)))]
 
     def _write_down(self, connection: Connection, operation: Operation) -> Attempt:
         attempt = Attempt(time.monotonic(), first_on_connection=connection.answers == 0)
@@ -268,9 +334,20 @@ class Load:
             attempt.lingers = self._lingers if answer is None else 0
         return ended
 
-    async def _answer(self, connection: Connection, path: str, body: object = None) -> Answer | None:
+    async def _answer_to(
+        self, connection: Connection, wallet: str, body: dict[str, object], *, put: bool
+    ) -> Answer | None:
+        """Ask for an operation by PUT or POST."""
+        if not put:
+            return await self._answer(connection, f"/api/v1/wallets/{wallet}/operation", body)
+        path = f"/api/v1/wallets/{wallet}/operations/{body.pop('operation_uuid')}"
+        return await self._answer(connection, path, body, "PUT")
+
+    async def _answer(
+        self, connection: Connection, path: str, body: object = None, method: str = "POST"
+    ) -> Answer | None:
         try:
-            answer = await connection.ask(path, body)
+            answer = await connection.ask(path, body, method)
         except Lost:
             return None
         except TimeoutError:
@@ -300,19 +377,19 @@ class Load:
             self.history.reads.append(Read(wallet, sent, time.monotonic(), answer.body["balance"]))
 
     async def _read_snapshots(self, database: str) -> None:
-        """Look at all wallets in one snapshot, again and again: no balance is but what the last operation left."""
-        wrong = """
-            select count(*) from wallet.wallet as w
-            left join wallet.operation as o on o.wallet_uuid = w.uuid and o.seq = w.seq
-            where w.balance < 0 or w.balance <> coalesce(o.balance_after, 0)
-        """
+        """Look at all wallets in one snapshot, again and again: money is in one place at any time."""
         while True:
             try:
                 connection = await asyncpg.connect(database, timeout=2)
                 try:
-                    while True:
-                        if await connection.fetchval(wrong, timeout=5):
-                            self.history.complaints["a snapshot in which balance and ledger disagree"] += 1
+                    for number in itertools.count():
+                        torn, circle = await connection.fetchrow(TORN, list(CIRCLE), timeout=5)
+                        if torn:
+                            self.history.complaints["a snapshot with one side of a transfer"] += 1
+                        if circle != len(CIRCLE) * CAPITAL:
+                            self.history.complaints["a snapshot in which the circle holds another sum"] += 1
+                        if number % 25 == 0 and await connection.fetchval(UNBALANCED, timeout=5):
+                            self.history.complaints["a snapshot whose sum is not deposits minus withdrawals"] += 1
                         await asyncio.sleep(0.02)
                 finally:
                     connection.terminate()
@@ -320,5 +397,76 @@ class Load:
                 await asyncio.sleep(0.02)
 
 
+TORN = """
+    select
+      (
+        select count(*)
+        from wallet.wallet as w
+        cross join lateral (
+          select * from wallet.operation as o where o.wallet_uuid = w.uuid order by o.seq desc limit 20
+        ) as o
+        where o.operation_type = 'TRANSFER' and not exists (
+          select from wallet.operation as p
+          where p.operation_uuid = o.operation_uuid and p.operation_type = 'RECEIVE'
+            and p.wallet_uuid = o.counterparty_uuid and p.counterparty_uuid = o.wallet_uuid and p.amount = o.amount
+        ) or o.operation_type = 'RECEIVE' and not exists (
+          select from wallet.operation as p
+          where p.operation_uuid = o.operation_uuid and p.operation_type not in ('RECEIVE', 'EXPIRE')
+            and p.wallet_uuid = o.counterparty_uuid and p.counterparty_uuid = o.wallet_uuid and p.amount = o.amount
+        )
+      ),
+      (select sum(balance) from wallet.balance where uuid = any($1))
+"""
+"""How many of the last 20 operations of each wallet lack the other side of their transfer; what some wallets hold."""
+
+UNBALANCED = """
+    select (select coalesce(sum(balance), 0) from wallet.balance) <> (
+      select coalesce(sum(case operation_type when 'DEPOSIT' then amount when 'WITHDRAW' then -amount else 0 end), 0)
+      from wallet.operation
+    )
+"""
+"""Whether the wallets hold anything but deposits minus withdrawals."""
+
+
 def _body(operation: Operation) -> dict[str, object]:
-    return {"operation_uuid": str(operation.uuid), "operation_type": operation.kind, "amount": operation.amount}
+    body: dict[str, object] = {
+        "operation_uuid": str(operation.uuid),
+        "operation_type": operation.kind,
+        "amount": operation.amount,
+    }
+    return body if operation.payee is None else body | {"counterparty_uuid": operation.payee}
+
+
+def _row(shown: dict[str, Any]) -> Row:
+    """Return an operation as an answer shows it."""
+    return Row(
+        shown["wallet_uuid"],
+        shown["seq"],
+        UUID(shown["operation_uuid"]),
+        shown["operation_type"],
+        shown["amount"],
+        shown["balance_after"],
+        shown.get("counterparty_uuid"),
+    )
+
+
+def _applied(operation: Operation, result: dict[str, Any]) -> Row:
+    """Return an operation of a bulk request as its result shows it."""
+    return Row(
+        operation.wallet,
+        result["seq"],
+        UUID(result["operation_uuid"]),
+        operation.kind,
+        operation.amount,
+        result["balance_after"],
+        operation.payee,
+    )
+
+
+def _refusal(problem: dict[str, Any]) -> tuple[str, Row | None]:
+    """Return the outcome that a problem or the result of a refused one tells of, and the recorded operation in it."""
+    if problem["code"] != "duplicate_operation":
+        return problem["code"], None
+    if not problem.get("same_request"):
+        return OTHER, None
+    return DUPLICATE, _row(problem["operation"])

@@ -25,11 +25,43 @@ REFUSED = "database_refused"
 NOT_APPLIED = {OVERLOADED, LOCKED, REFUSED}
 """As said of a 429: of these three one is as good as the others."""
 NO_MONEY = "insufficient_funds"
-ANSWERS = {APPLIED, DUPLICATE, UNKNOWN, NO_MONEY, *NOT_APPLIED}
+TOGETHER = "not_applied"
+"""Another operation of the same atomic request was refused."""
+ANSWERS = {APPLIED, DUPLICATE, UNKNOWN, NO_MONEY, TOGETHER, *NOT_APPLIED}
 """What may come of an attempt; a refusal goes by its code."""
 
 SHOWN = 3
 """Violations of one rule that are told one by one."""
+
+
+class Row(NamedTuple):
+    """A row of the ledger."""
+
+    wallet: str
+    seq: int
+    uuid: UUID
+    kind: str
+    amount: int
+    balance_after: int
+    counterparty: str | None = None
+
+    @property
+    def change(self) -> int:
+        """What it does to the balance."""
+        return self.amount if self.kind in ("DEPOSIT", "RECEIVE") else -self.amount
+
+    @property
+    def other_side(self) -> tuple[str, str | None, UUID, str, int]:
+        """What its counterpart in a transfer has as `this_side`."""
+        return str(self.counterparty), self.wallet, self.uuid, OTHER_SIDE[self.kind], self.amount
+
+    @property
+    def this_side(self) -> tuple[str, str | None, UUID, str, int]:
+        """Wallet, counterparty, operation, type and amount."""
+        return self.wallet, self.counterparty, self.uuid, self.kind, self.amount
+
+
+OTHER_SIDE = {"TRANSFER": "RECEIVE", "RECEIVE": "TRANSFER"}
 
 
 @dataclass(slots=True, eq=False)
@@ -43,6 +75,10 @@ class Attempt:
     in_bulk: bool = False
     lingers: float = 0.0
     """Seconds after its end in which an unknown one can still be applied. After a 503 there are none."""
+    request: int | None = None
+    """The atomic request that it was a part of."""
+    told: Row | None = None
+    """The operation as the answer shows it: the applied one, or the recorded one for a duplicate."""
 
 
 @dataclass(slots=True, eq=False)
@@ -54,6 +90,20 @@ class Operation:
     kind: str
     amount: int
     attempts: list[Attempt] = field(default_factory=list)
+    payee: str | None = None
+    """Who gets the money of a TRANSFER."""
+    bundle: "list[Operation]" = field(default_factory=list)
+    """The operations of the atomic request in which it is always asked for, this one too; empty if there is none."""
+
+    @property
+    def together(self) -> "list[Operation]":
+        """The operations that are asked for in one request: it alone, or its bundle."""
+        return self.bundle or [self]
+
+    @property
+    def wallets(self) -> set[str | None]:
+        """The wallets that decide what becomes of it."""
+        return {wallet for one in self.together for wallet in (one.wallet, one.payee)}
 
     @property
     def acknowledged(self) -> float | None:
@@ -92,26 +142,12 @@ class History:
     complaints: Counter[str] = field(default_factory=Counter)
     """What was wrong as soon as it was seen."""
     statuses: Counter[int] = field(default_factory=Counter)
+    no_call_is_lost: bool = False
+    """Whether nothing was done that can make the service repeat a call of its own."""
 
     def open(self) -> list[Operation]:
         """Return the operations of which nobody knows whether they were applied."""
         return [operation for operation in self.operations.values() if operation.is_open]
-
-
-class Row(NamedTuple):
-    """A row of the ledger."""
-
-    wallet: str
-    seq: int
-    uuid: UUID
-    kind: str
-    amount: int
-    balance_after: int
-
-    @property
-    def change(self) -> int:
-        """What it does to the balance."""
-        return self.amount if self.kind == "DEPOSIT" else -self.amount
 
 
 @dataclass
@@ -143,16 +179,66 @@ def every_answer_is_one_that_may_come(history: History, _: Books) -> Iterator[st
 
 
 def an_acknowledged_operation_is_recorded(history: History, books: Books) -> Iterator[str]:
-    recorded = {row.uuid for row in books.ledger}
+    recorded = {row.uuid for row in books.ledger if row.kind != "RECEIVE"}
     for operation in history.operations.values():
         if operation.acknowledged is not None and operation.uuid not in recorded:
             yield f"{operation.kind} {operation.amount} {operation.uuid} is lost"
 
 
 def an_operation_is_recorded_once(_: History, books: Books) -> Iterator[str]:
-    for uuid, times in Counter(row.uuid for row in books.ledger).items():
+    for (uuid, received), times in Counter((row.uuid, row.kind == "RECEIVE") for row in books.ledger).items():
         if times > 1:
-            yield f"{uuid} stands {times} times"
+            yield f"{uuid} {'is received' if received else 'stands'} {times} times"
+
+
+def a_transfer_is_in_both_ledgers_or_in_none(_: History, books: Books) -> Iterator[str]:
+    sides = {row.this_side for row in books.ledger}
+    for row in books.ledger:
+        if row.kind in OTHER_SIDE and row.other_side not in sides:
+            yield f"{row} has no other side"
+
+
+def an_atomic_request_is_applied_as_a_whole_or_not_at_all(history: History, books: Books) -> Iterator[str]:
+    recorded = {row.uuid for row in books.ledger}
+    for operation in history.operations.values():
+        if operation.bundle and operation.bundle[0] is operation:
+            applied = sum(one.uuid in recorded for one in operation.bundle)
+            if 0 < applied < len(operation.bundle):
+                yield f"{applied} of {len(operation.bundle)} operations with {operation.uuid} are recorded"
+
+
+def an_atomic_request_is_answered_as_a_whole(history: History, _: Books) -> Iterator[str]:
+    requests: dict[int, list[Attempt]] = defaultdict(list)
+    for operation in history.operations.values():
+        for attempt in operation.attempts:
+            if attempt.request is not None:
+                requests[attempt.request].append(attempt)
+            elif attempt.outcome == TOGETHER:
+                yield f"{operation.uuid} was asked alone and answered {TOGETHER}"
+    for attempts in requests.values():
+        outcomes = {attempt.outcome for attempt in attempts}
+        if APPLIED in outcomes and len(outcomes) > 1:
+            yield f"one answer has {sorted(outcomes)}"
+        if outcomes == {TOGETHER}:
+            yield f"{len(attempts)} operations were not applied, each because of another"
+
+
+def what_was_told_is_what_is_recorded(history: History, books: Books) -> Iterator[str]:
+    recorded = {row.uuid: row for row in books.ledger if row.kind != "RECEIVE"}
+    for operation in history.operations.values():
+        for attempt in operation.attempts:
+            if attempt.told is not None and attempt.told != recorded.get(operation.uuid):
+                yield f"{attempt.told} was told, {recorded.get(operation.uuid)} is recorded"
+
+
+def a_repeat_is_no_news(history: History, _: Books) -> Iterator[str]:
+    """Where no call of the service was lost: after that it answers a repeat as the success that it may have been."""
+    for operation in history.operations.values():
+        acknowledged = operation.acknowledged
+        for attempt in operation.attempts:
+            late = acknowledged is not None and acknowledged < attempt.sent
+            if history.no_call_is_lost and late and attempt.outcome == APPLIED:
+                yield f"{operation.uuid} was applied once more after it had been acknowledged"
 
 
 def a_rejected_operation_is_not_recorded(history: History, books: Books) -> Iterator[str]:
@@ -165,7 +251,8 @@ def a_rejected_operation_is_not_recorded(history: History, books: Books) -> Iter
 def a_recorded_operation_was_asked_for(history: History, books: Books) -> Iterator[str]:
     for row in books.ledger:
         asked = history.operations.get(row.uuid)
-        if asked is None or (asked.wallet, asked.kind, asked.amount) != (row.wallet, row.kind, row.amount):
+        side = row.other_side if row.kind == "RECEIVE" else row.this_side
+        if asked is None or (asked.wallet, asked.payee, asked.uuid, asked.kind, asked.amount) != side:
             yield f"{row} is not what a client asked for"
 
 
@@ -207,7 +294,7 @@ def no_balance_is_negative(_: History, books: Books) -> Iterator[str]:
 
 def the_money_is_what_was_acknowledged(history: History, books: Books) -> Iterator[str]:
     told = sum(
-        operation.amount if operation.kind == "DEPOSIT" else -operation.amount
+        {"DEPOSIT": operation.amount, "WITHDRAW": -operation.amount, "TRANSFER": 0}[operation.kind]
         for operation in history.operations.values()
         if operation.acknowledged is not None
     )
@@ -264,10 +351,11 @@ def a_balance_that_was_read_was_the_balance(history: History, books: Books) -> I
             yield f"{read.wallet} was said to hold {read.balance}"
 
 
-def a_withdrawal_is_refused_for_want_of_money_only(history: History, books: Books) -> Iterator[str]:
+def money_is_refused_for_want_of_it_only(history: History, books: Books) -> Iterator[str]:
+    """But for the later operations of atomic requests, which may be refused for what the earlier ones took."""
     timelines = timelines_of(history, books)
     for operation in history.operations.values():
-        for attempt in operation.attempts:
+        for attempt in operation.attempts if operation.together[0] is operation else ():
             if attempt.outcome == NO_MONEY:
                 held = timelines[operation.wallet].balances(attempt.sent, attempt.ended)
                 if held and min(held) >= operation.amount:
@@ -288,6 +376,11 @@ RULES: tuple[Callable[[History, Books], Iterator[str]], ...] = (
     every_answer_is_one_that_may_come,
     an_acknowledged_operation_is_recorded,
     an_operation_is_recorded_once,
+    a_transfer_is_in_both_ledgers_or_in_none,
+    an_atomic_request_is_applied_as_a_whole_or_not_at_all,
+    an_atomic_request_is_answered_as_a_whole,
+    what_was_told_is_what_is_recorded,
+    a_repeat_is_no_news,
     a_rejected_operation_is_not_recorded,
     a_recorded_operation_was_asked_for,
     a_duplicate_has_an_earlier_attempt,
@@ -297,7 +390,7 @@ RULES: tuple[Callable[[History, Books], Iterator[str]], ...] = (
     the_money_is_what_was_acknowledged,
     what_was_answered_before_comes_before,
     a_balance_that_was_read_was_the_balance,
-    a_withdrawal_is_refused_for_want_of_money_only,
+    money_is_refused_for_want_of_it_only,
     verify_agrees,
     nobody_complained,
 )

@@ -7,6 +7,9 @@ repeats, unknown wallets, empty wallets and full ones come about by themselves. 
 import http.client
 import json
 import traceback
+from copy import deepcopy
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any, NamedTuple
 from urllib.parse import quote
 from uuid import UUID
@@ -23,9 +26,10 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from psycopg.types.json import Jsonb
 
 from tests.api.test_process import Service
-from tests.cases import MAX, MESSAGES, NIL, NIL_MESSAGE, PROBLEMS
+from tests.cases import MAX, MESSAGES, NIL, PROBLEMS
 from tests.db.door import call
 from tests.proof.section import Account, Scale
 from tests.proof.service import database, service
@@ -37,7 +41,15 @@ NAMES = ["a", "A", "z" * 64]
 BAD_NAMES = ["", "a b", "a\n", "wället", "z" * 65, None]
 OPERATIONS = [UUID(int=number << 64 | 7) for number in range(1, 13)]
 AMOUNTS = [1, 2, 3, 50, 2**62, MAX - 2, MAX - 1, MAX]
-TYPES = ["DEPOSIT", "WITHDRAW"]
+TYPES = ["DEPOSIT", "WITHDRAW", "TRANSFER"]
+CURRENCIES = [None, "EUR", "POINTS"]
+BAD_CURRENCIES = ["", "eur", "EU", "E" * 13]
+STATUSES = ["OPEN", "FROZEN", "CLOSED"]
+BAD_STATUSES = ["", "open"]
+LARGEST = {"": "x" * (2048 - len('{"": ""}'))}
+METADATA: list[Any] = [None, {}, {"a": 1}, {"b": ["ü", None], "a": 1}, LARGEST]
+TOO_LARGE = {"": LARGEST[""] + "x"}
+BAD_METADATA: list[Any] = [[], "text", 1, TOO_LARGE]
 
 
 class Request(NamedTuple):
@@ -45,6 +57,8 @@ class Request(NamedTuple):
     operation: Any
     type: Any
     amount: Any
+    counterparty: Any = None
+    metadata: Any = None
 
 
 class Recorded(NamedTuple):
@@ -54,54 +68,106 @@ class Recorded(NamedTuple):
     operation: UUID
     type: str
     amount: int
+    counterparty: str | None
+    metadata: Any
     balance_after: int
     seq: int
+
+    def is_same(self, asked: Request) -> bool:
+        """Tell whether it is what somebody asks for."""
+        return self[1:6] == (*asked[1:5], asked.metadata or None)
+
+
+@dataclass
+class Wallet:
+    currency: str | None
+    status: str = "OPEN"
+    history: list[Recorded] = field(default_factory=list)
+
+    @property
+    def balance(self) -> int:
+        return self.history[-1].balance_after if self.history else 0
 
 
 class Model:
     """What the service is supposed to be."""
 
     def __init__(self) -> None:
-        self.wallets: dict[str, list[Recorded]] = {}
+        self.wallets: dict[str, Wallet] = {}
         self.operations: dict[UUID, Recorded] = {}
+        """What somebody asked for, by its name: no `RECEIVE`."""
 
-    def create(self, wallet: str) -> str | None:
+    def create(self, wallet: str, currency: str | None = None) -> str | None:
         """Create a wallet and return None, or the SQLSTATE of the refusal."""
-        if wallet in BAD_NAMES:
+        if wallet in BAD_NAMES or currency in BAD_CURRENCIES:
             return "WA400"
         if wallet in self.wallets:
             return "WA419"
-        self.wallets[wallet] = []
+        self.wallets[wallet] = Wallet(currency)
         return None
 
-    def balance(self, wallet: str) -> int:
-        history = self.wallets[wallet]
-        return history[-1].balance_after if history else 0
+    def set_status(self, name: str, status: str) -> str | None:
+        """Change a wallet's status and return None, or the SQLSTATE of the refusal."""
+        if name in BAD_NAMES or status not in STATUSES:
+            return "WA400"
+        if name not in self.wallets:
+            return "WA404"
+        if status == "CLOSED" and self.wallets[name].balance:
+            return "WA417"
+        self.wallets[name].status = status
+        return None
 
     def apply(self, asked: Request) -> str | None:
         """Apply an operation and return None, or the SQLSTATE of the refusal."""
+        is_transfer = asked.type == "TRANSFER"
         if (
             asked.wallet in BAD_NAMES
             or asked.operation in (None, NIL)
             or asked.type not in TYPES
             or asked.amount is None
             or asked.amount < 1
+            or is_transfer is (asked.counterparty is None)
+            or (is_transfer and asked.counterparty in (asked.wallet, *BAD_NAMES))
+            or asked.metadata in BAD_METADATA
         ):
             return "WA400"
-        if asked.wallet not in self.wallets:
+        if asked.wallet not in self.wallets or (is_transfer and asked.counterparty not in self.wallets):
             return "WA404"
         if asked.operation in self.operations:
             return "WA409"
-        after = self.balance(asked.wallet) + (asked.amount if asked.type == "DEPOSIT" else -asked.amount)
-        if after < 0:
+        wallet = self.wallets[asked.wallet]
+        payee = self.wallets[asked.counterparty] if is_transfer else None
+        if "CLOSED" in (wallet.status, payee and payee.status):
+            return "WA405"
+        if wallet.status == "FROZEN" and asked.type != "DEPOSIT":
+            return "WA403"
+        if payee and wallet.currency != payee.currency:
+            return "WA422"
+        if asked.type != "DEPOSIT" and wallet.balance < asked.amount:
             return "WA402"
-        if after > MAX:
+        gaining = wallet if asked.type == "DEPOSIT" else payee
+        if gaining and gaining.balance + asked.amount > MAX:
             return "WA416"
-        history = self.wallets[asked.wallet]
-        recorded = Recorded(*asked, after, len(history) + 1)
-        history.append(recorded)
-        self.operations[asked.operation] = recorded
+        change = asked.amount if asked.type == "DEPOSIT" else -asked.amount
+        self.operations[asked.operation] = self._record(asked, change)
+        if payee:
+            self._record(asked._replace(wallet=asked.counterparty, type="RECEIVE", counterparty=asked.wallet), -change)
         return None
+
+    def _record(self, asked: Request, change: int) -> Recorded:
+        wallet = self.wallets[asked.wallet]
+        recorded = Recorded(*asked[:5], asked.metadata or None, wallet.balance + change, len(wallet.history) + 1)
+        wallet.history.append(recorded)
+        return recorded
+
+    def apply_all(self, batch: list[Request], atomic: bool) -> list[str | None]:
+        """Apply operations in order and return their outcomes; take all back if it is atomic and one is refused."""
+        before = deepcopy((self.wallets, self.operations)) if atomic else None
+        outcomes = [self.apply(asked) for asked in batch]
+        if before is not None and any(outcomes):
+            self.wallets, self.operations = before
+            return [outcome or "WA425" for outcome in outcomes]
+        return outcomes
 
     def recorded(self, asked: Request, sqlstate: str | None) -> Recorded | None:
         """Return the operation that an outcome shows: the applied one, or for a duplicate the wallet's own."""
@@ -109,11 +175,19 @@ class Model:
         shown = sqlstate is None or (sqlstate == "WA409" and recorded is not None and recorded.wallet == asked.wallet)
         return recorded if shown else None
 
-    def find(self, wallet: str, operation: UUID) -> str | None:
-        """Return None for an operation of a wallet, or the SQLSTATE of the refusal."""
+    def same_request(self, asked: Request, sqlstate: str | None) -> bool | None:
+        """Return what an outcome says of the operation that is recorded: None if it doesn't tell of any."""
+        if sqlstate not in (None, "WA409") or asked.operation not in self.operations:
+            return None
+        recorded = self.recorded(asked, sqlstate)
+        return recorded is not None and recorded.is_same(asked)
+
+    def find(self, wallet: str, operation: UUID) -> tuple[str | None, Recorded | None]:
+        """Return the operation of a wallet, or the SQLSTATE of the refusal."""
         if wallet not in self.wallets:
-            return "WA404"
-        return None if operation in {recorded.operation for recorded in self.wallets[wallet]} else "WA414"
+            return "WA404", None
+        found = [recorded for recorded in self.wallets[wallet].history if recorded.operation == operation]
+        return (None, found[0]) if found else ("WA414", None)
 
 
 class Doors:
@@ -152,18 +226,20 @@ class Doors:
         assert refusal.diag.message_primary == MESSAGES.get(refusal.sqlstate, refusal.diag.message_primary)
         return refusal.sqlstate, []
 
-    def books(self, wallets: list[str]) -> tuple[dict[str, tuple[int, int]], list[Recorded], list[Any]]:
-        """Return each wallet's balance and seq, their operations newest first, and what the audit finds."""
+    def books(self, wallets: list[str]) -> tuple[dict[str, tuple[Any, ...]], list[Recorded], list[Any]]:
+        """Return what each wallet is, their operations newest first, and what the audit finds."""
         held = self._sql.execute(
-            "select w.uuid, w.balance, w.seq from unnest(%s::text[]) as name, wallet.get_wallet(name) as w", [wallets]
+            "select w.uuid, w.currency, w.status, w.balance, w.seq, w.held, w.available"
+            " from unnest(%s::text[]) as name, wallet.get_wallet(name) as w",
+            [wallets],
         )
         operations = self._sql.execute(
-            "select o.wallet_uuid, o.operation_uuid, o.operation_type, o.amount, o.balance_after, o.seq"
-            " from unnest(%s::text[]) as name, wallet.list_operations(name, null, 1000) as o",
+            "select o.wallet_uuid, o.operation_uuid, o.operation_type, o.amount, o.counterparty_uuid, o.metadata,"
+            " o.balance_after, o.seq from unnest(%s::text[]) as name, wallet.list_operations(name, null, 1000) as o",
             [wallets],
         )
         return (
-            {uuid: (balance, seq) for uuid, balance, seq in held},
+            {uuid: tuple(rest) for uuid, *rest in held},
             [Recorded(*row) for row in operations],
             self._sql.execute("select * from wallet.verify()").fetchall(),
         )
@@ -171,12 +247,30 @@ class Doors:
 
 wallets = st.integers(0, 4)
 """Which of a sequence's names: those in NAMES, and then the random ones that the service made up."""
-good = st.tuples(wallets, st.sampled_from(OPERATIONS), st.sampled_from(TYPES), st.sampled_from(AMOUNTS))
+payments = st.tuples(
+    wallets,
+    st.sampled_from(OPERATIONS),
+    st.sampled_from(TYPES[:2]),
+    st.sampled_from(AMOUNTS),
+    st.none(),
+    st.sampled_from([None] * 8 + METADATA),
+)
+transfers = st.tuples(
+    wallets,
+    st.sampled_from(OPERATIONS),
+    st.just("TRANSFER"),
+    st.sampled_from(AMOUNTS),
+    wallets,
+    st.sampled_from([None] * 8 + METADATA),
+)
+good = payments | transfers
 BAD = [
     *((0, name) for name in BAD_NAMES),
     *((1, operation) for operation in (NIL, None)),
     *((2, kind) for kind in ("deposit", "", None)),
     *((3, amount) for amount in (0, -1, -MAX - 1, None)),
+    *((4, payee) for payee in (*BAD_NAMES, 1)),
+    *((5, metadata) for metadata in BAD_METADATA),
 ]
 """What is wrong with a request: the position of a field, and a value for it."""
 
@@ -186,11 +280,17 @@ def spoil(asked: tuple[Any, ...], wrong: tuple[int, Any] | None) -> tuple[Any, .
 
 
 mostly_good = st.builds(spoil, good, st.sampled_from([*[None] * 60, *BAD]))
-good_or_nil = st.builds(spoil, good, st.sampled_from([*[None] * 15, (1, NIL)]))
+ITS_OWN_FAULT = [(1, NIL), (4, None), (5, TOO_LARGE)]
+"""What is wrong with a request as SQL sees it: in a bulk request it is refused, and the others are not."""
+sendable = st.builds(spoil, good, st.sampled_from([*[None] * 40, *ITS_OWN_FAULT]))
 repeats = st.tuples(
-    st.integers(0, 30), st.none() | wallets, st.none() | st.sampled_from(TYPES), st.none() | st.sampled_from(AMOUNTS)
+    st.integers(0, 30),
+    st.sampled_from(["", "", "wallet", "type", "amount", "counterparty", "metadata", "payee"]),
+    wallets,
+    st.sampled_from(AMOUNTS),
+    st.sampled_from(METADATA),
 )
-"""Which of the applied operations, and what is different: the wallet, the type, the amount."""
+"""Which of the applied operations, what is different, and how. `payee`: the payee of a transfer asks for a deposit."""
 uneven_arrays = (
     st.lists(st.integers(0, 3) | st.none(), min_size=4, max_size=4)
     .filter(lambda lengths: len(set(lengths)) > 1)
@@ -208,6 +308,10 @@ WRONG_FIELDS: list[dict[str, Any]] = [
     *({"operation_type": kind} for kind in ("deposit", "", None, 1, ["DEPOSIT"])),
     *({"operation_uuid": uuid} for uuid in ("", "x", None, 1, str(OPERATIONS[0])[:-1])),
     {"unknown": 1},
+    *({"metadata": metadata} for metadata in (*BAD_METADATA[:-1], True)),
+    *({"counterparty_uuid": name} for name in (*BAD_NAMES[:-1], 1)),
+    {"hold_uuid": str(OPERATIONS[0])},
+    {"expires_at": "2030-01-01T00:00:00Z"},
 ]
 
 
@@ -234,32 +338,70 @@ class Wallets(RuleBasedStateMachine):
         return self.names[wallet % len(self.names)] if isinstance(wallet, int) else wallet
 
     def request(self, asked: tuple[Any, ...]) -> Request:
-        request = Request(self.name(asked[0]), *asked[1:])
-        self.touched.add(request.wallet)
+        request = Request(self.name(asked[0]), *asked[1:4], self.name(asked[4]), asked[5])
+        self.touched |= {request.wallet, request.counterparty}
         return request
 
     # Wallets
 
     @initialize()
     def create_first(self) -> None:
-        self.create(0, over_rest=True)
+        for wallet in (0, 1):
+            assert self.model.create(self.name(wallet)) is None
+            assert self.doors.sql("create_wallet", self.name(wallet))[0] is None
         self.over_rest(Request(self.name(0), OPERATIONS[0], "DEPOSIT", 50))
 
-    @rule(wallet=wallets | st.sampled_from(BAD_NAMES[:-1]), over_rest=st.booleans())
-    def create(self, wallet: Any, over_rest: bool) -> None:
+    @rule(
+        wallet=wallets | st.sampled_from(BAD_NAMES[:-1]),
+        currency=st.sampled_from([*CURRENCIES * 4, *BAD_CURRENCIES]),
+        door=st.sampled_from(["POST", "PUT", "SQL"]),
+    )
+    def create(self, wallet: Any, currency: str | None, door: str) -> None:
         name = self.name(wallet)
-        expected = self.model.create(name)
+        expected = self.model.create(name, currency)
         self.touched.add(name)
-        if over_rest:
-            answer = self.doors.rest("POST", "/api/v1/wallets", json.dumps({"uuid": name}).encode())
-            if expected is None:
-                assert answer[0] == 201
-                assert (answer[1]["uuid"], answer[1]["balance"]) == (name, 0)
-            else:
-                refused(answer, expected)
-        else:
-            assert self.doors.sql("create_wallet", name)[0] == expected
+        match door:
+            case "POST":
+                answer = self.rest("POST", "/api/v1/wallets", {"uuid": name, "currency": currency})
+                if expected is None:
+                    assert answer[0] == 201
+                    assert (answer[1]["uuid"], answer[1]["balance"]) == (name, 0)
+                else:
+                    refused(answer, expected)
+            case "PUT" if name:
+                answer = self.rest("PUT", f"/api/v1/wallets/{quote(name)}", {"currency": currency})
+                if expected == "WA419" and self.model.wallets[name].currency == currency:
+                    assert answer[0] == 200
+                    self.shows_the_wallet(name, answer[1])
+                elif expected == "WA419":
+                    assert (answer[0], answer[1]["code"]) == (409, "wallet_exists")
+                elif expected is None:
+                    assert answer[0] == 201
+                    self.shows_the_wallet(name, answer[1])
+                else:
+                    refused(answer, expected)
+            case _:
+                assert self.doors.sql("create_wallet", name, currency)[0] == expected
         self.step("create a wallet", expected)
+
+    @rule(
+        wallet=wallets | st.sampled_from(BAD_NAMES[1:-1]),
+        status=st.sampled_from([*STATUSES * 4, *BAD_STATUSES]),
+        over_rest=st.booleans(),
+    )
+    def set_status(self, wallet: Any, status: str, over_rest: bool) -> None:
+        name = self.name(wallet)
+        expected = self.model.set_status(name, status)
+        self.touched.add(name)
+        if not over_rest:
+            assert self.doors.sql("set_status", name, status)[0] == expected
+        elif expected is None:
+            answered, answer = self.rest("PATCH", f"/api/v1/wallets/{quote(name)}", {"status": status})
+            assert answered == 200
+            self.shows_the_wallet(name, answer)
+        else:
+            refused(self.rest("PATCH", f"/api/v1/wallets/{quote(name)}", {"status": status}), expected)
+        self.step("set a status", expected)
 
     @rule(over_rest=st.booleans())
     def create_random(self, over_rest: bool) -> None:
@@ -276,68 +418,67 @@ class Wallets(RuleBasedStateMachine):
 
     # Operations
 
-    @rule(asked=good_or_nil)
+    @rule(asked=sendable)
     def apply_over_rest(self, asked: tuple[Any, ...]) -> None:
         self.step("operation over REST", self.over_rest(self.request(asked)))
+
+    @rule(asked=sendable)
+    def put_over_rest(self, asked: tuple[Any, ...]) -> None:
+        self.step("operation by PUT", self.by_put(self.request(asked)))
 
     @rule(asked=mostly_good)
     def apply_over_sql(self, asked: tuple[Any, ...]) -> None:
         self.step("operation over SQL", self.over_sql(self.request(asked)))
 
     @precondition(lambda self: self.model.operations)
-    @rule(repeat=repeats)
-    def repeat_over_rest(self, repeat: tuple[Any, ...]) -> None:
-        self.step("repeat over REST", self.over_rest(self.repeat(*repeat)))
+    @rule(repeat=repeats, door=st.sampled_from(["POST", "PUT", "SQL", "batch"]))
+    def repeat(self, repeat: tuple[Any, ...], door: str) -> None:
+        asked = self.repeated(*repeat)
+        match door:
+            case "POST":
+                outcome = self.over_rest(asked)
+            case "PUT":
+                outcome = self.by_put(asked)
+            case "SQL":
+                outcome = self.over_sql(asked)
+            case _:
+                [outcome] = self.by_batch([asked], atomic=False)
+        self.step(f"repeat by {door}", outcome)
 
-    @precondition(lambda self: self.model.operations)
-    @rule(repeat=repeats)
-    def repeat_over_sql(self, repeat: tuple[Any, ...]) -> None:
-        self.step("repeat over SQL", self.over_sql(self.repeat(*repeat)))
-
-    def repeat(self, which: int, wallet: int | None, kind: str | None, amount: int | None) -> Request:
-        """Return a request for what was applied: the very same, or with another wallet, type or amount."""
+    def repeated(self, which: int, differs: str, wallet: int, amount: int, metadata: Any) -> Request:
+        """Return a request for what was applied: the very same, or one that differs in one thing."""
         recorded = list(self.model.operations.values())
-        first = recorded[which % len(recorded)]
-        name = first.wallet if wallet is None else self.name(wallet)
-        self.touched.add(name)
-        return Request(name, first.operation, kind or first.type, amount or first.amount)
+        first = Request(*recorded[which % len(recorded)][:6])
+        other = self.name(wallet)
+        match differs:
+            case "wallet":
+                first = first._replace(wallet=other)
+            case "type":
+                first = first._replace(type="DEPOSIT" if first.type == "WITHDRAW" else "WITHDRAW", counterparty=None)
+            case "amount":
+                first = first._replace(amount=amount)
+            case "counterparty":
+                first = first._replace(type="TRANSFER", counterparty=other)
+            case "metadata":
+                first = first._replace(metadata=metadata)
+            case "payee" if first.counterparty:
+                first = first._replace(wallet=first.counterparty, type="DEPOSIT", counterparty=None)
+        self.touched |= {first.wallet, first.counterparty}
+        return first
 
-    @rule(batch=st.lists(mostly_good, max_size=8))
-    def batch_over_sql(self, batch: list[tuple[Any, ...]]) -> None:
-        asked = [self.request(one) for one in batch]
-        expected = []
-        for one in asked:
-            outcome = self.model.apply(one)
-            expected.append((outcome, self.model.recorded(one, outcome)))
-        columns = [list(column) for column in zip(*asked, strict=True)] or [[], [], [], []]
-        sqlstate, rows = self.doors.sql("apply_operations", *columns)
-        assert sqlstate is None
-        assert [row.ordinal for row in rows] == [*range(1, len(asked) + 1)]
-        assert [(row.sqlstate, shown(row)) for row in rows] == expected
-        assert all(row.message == MESSAGES.get(row.sqlstate, row.message) for row in rows)
-        assert all((row.message is None) == (row.sqlstate is None) for row in rows)
-        self.step("batch over SQL", *(outcome for outcome, _ in expected))
+    @rule(batch=st.lists(mostly_good, max_size=8), atomic=st.booleans())
+    def batch_over_sql(self, batch: list[tuple[Any, ...]], atomic: bool) -> None:
+        self.step("batch over SQL", *self.by_batch([self.request(one) for one in batch], atomic))
 
-    @rule(batch=st.lists(good_or_nil, max_size=8))
-    def bulk_over_rest(self, batch: list[tuple[Any, ...]]) -> None:
+    @rule(batch=st.lists(payments | transfers, min_size=1, max_size=3))
+    def atomic_twice(self, batch: list[tuple[Any, ...]]) -> None:
+        """Send an atomic request twice, over SQL and over REST: the second is recognised if the first was applied."""
         asked = [self.request(one) for one in batch]
-        outcomes = [(one, self.model.apply(one)) for one in asked]
-        operations = [{"wallet_uuid": one.wallet} | body_of(one) for one in asked]
-        status, answer = self.doors.rest("POST", "/api/v1/operations", json.dumps({"operations": operations}).encode())
-        assert status == 200
-        expected = []
-        for (one, outcome), shown_result in zip(outcomes, answer["results"], strict=True):
-            result: dict[str, Any] = {"operation_uuid": str(one.operation), "applied": outcome is None}
-            if outcome is None:
-                recorded = self.model.operations[one.operation]
-                result |= {"balance_after": recorded.balance_after, "seq": recorded.seq}
-            else:
-                result |= {"code": PROBLEMS[outcome][1], "detail": MESSAGES.get(outcome, NIL_MESSAGE)}
-                self.tells_of_a_duplicate(one, outcome, shown_result)
-                result |= {name: shown_result[name] for name in ("operation", "same_request") if name in shown_result}
-            expected.append(result)
-        assert answer == {"results": expected}
-        self.step("bulk over REST", *(outcome for _, outcome in outcomes))
+        self.step("atomic request twice", *self.by_batch(asked, atomic=True), *self.by_bulk(asked, atomic=True))
+
+    @rule(batch=st.lists(sendable, max_size=8), atomic=st.booleans())
+    def bulk_over_rest(self, batch: list[tuple[Any, ...]], atomic: bool) -> None:
+        self.step("bulk over REST", *self.by_bulk([self.request(one) for one in batch], atomic))
 
     @rule(asked=good, wrong=st.sampled_from([*NO_JSON, *WRONG_FIELDS]), bulk=st.booleans(), arrays=uneven_arrays)
     def malformed(self, asked: tuple[Any, ...], wrong: bytes | dict[str, Any], bulk: bool, arrays: list[Any]) -> None:
@@ -358,13 +499,13 @@ class Wallets(RuleBasedStateMachine):
     @rule(wallet=wallets, operation=st.sampled_from(OPERATIONS))
     def read_operation(self, wallet: int, operation: UUID) -> None:
         name = self.name(wallet)
-        expected = self.model.find(name, operation)
+        expected, recorded = self.model.find(name, operation)
         answer = self.doors.rest("GET", f"/api/v1/wallets/{name}/operations/{operation}")
         sqlstate, rows = self.doors.sql("get_operation", name, operation)
         assert sqlstate == expected
         if expected is None:
-            assert (answer[0], told(answer[1])) == (200, self.model.operations[operation])
-            assert shown(rows[0]) == self.model.operations[operation]
+            assert (answer[0], told(answer[1])) == (200, recorded)
+            assert shown(rows[0]) == recorded
         else:
             refused(answer, expected)
         self.step("read an operation", expected)
@@ -391,8 +532,53 @@ class Wallets(RuleBasedStateMachine):
                 before = page["next"]
                 if before is None:
                     break
-            assert over_rest == over_sql == self.model.wallets[name][::-1]
+            assert over_rest == over_sql == self.model.wallets[name].history[::-1]
         self.step("read a history in pages")
+
+    @rule(wallet=wallets, which=st.integers(0, 30), width=st.integers(0, 5))
+    def read_at_a_moment(self, wallet: int, which: int, width: int) -> None:
+        """Read the wallet as it was when one of its operations was applied, and what came between that and another."""
+        name = self.name(wallet)
+        if name not in self.model.wallets:
+            moment = datetime.now(UTC)
+            assert self.doors.sql("get_wallet", name, moment)[0] == "WA404"
+            refused(self.doors.rest("GET", f"/api/v1/wallets/{name}/balance?at={rfc3339(moment)}"), "WA404")
+            return
+        rows = self.doors.sql("list_operations", name, None, 1000)[1][::-1]
+        moments = [row.created_at for row in rows]
+        assert moments == sorted(moments)
+        if not rows:
+            return
+        begin = moments[which % len(rows)]
+        end = moments[min(which % len(rows) + width, len(rows) - 1)]
+        last = shown(next(row for row in reversed(rows) if row.created_at <= begin))
+        assert last is not None
+        held = self.doors.sql("get_wallet", name, begin)[1][0]
+        assert (held.balance, held.seq) == (last.balance_after, last.seq)
+        assert (held.held, held.available) == (0, held.balance)
+        status, told_then = self.doors.rest("GET", f"/api/v1/wallets/{name}/balance?at={rfc3339(begin)}")
+        assert (status, told_then["balance"], told_then["seq"]) == (200, held.balance, held.seq)
+        between = [shown(row) for row in reversed(rows) if begin <= row.created_at < end]
+        found = self.doors.sql("list_operations", name, None, 1000, begin, end)[1]
+        assert [shown(row) for row in found] == between
+        query = f"from={rfc3339(begin)}&to={rfc3339(end)}"
+        status, page = self.doors.rest("GET", f"/api/v1/wallets/{name}/operations?{query}")
+        assert (status, [told(one) for one in page["operations"]]) == (200, between)
+        self.step("read at a moment")
+
+    @rule(after=st.none() | wallets, limit=st.integers(1, 4), prefix=st.sampled_from([None, "", "a", "z"]))
+    def list_wallets(self, after: int | None, limit: int, prefix: str | None) -> None:
+        name = None if after is None else self.name(after)
+        names = sorted(one for one in self.model.wallets if one > (name or ""))
+        rows = self.doors.sql("list_wallets", name, limit, prefix)[1]
+        assert [row.uuid for row in rows] == [one for one in names if one.startswith(prefix or "")][:limit]
+        query = f"limit={limit}" + (f"&after={name}" if name else "")
+        status, page = self.doors.rest("GET", f"/api/v1/wallets?{query}")
+        assert (status, [one["uuid"] for one in page["wallets"]]) == (200, names[:limit])
+        assert page["next"] == (names[limit - 1] if len(names) > limit else None)
+        for one in page["wallets"]:
+            self.shows_the_wallet(one["uuid"], one)
+        self.step("list wallets")
 
     # What holds after each step
 
@@ -400,8 +586,11 @@ class Wallets(RuleBasedStateMachine):
     def both_doors_agree_with_the_model(self) -> None:
         names = list(self.model.wallets)
         held, operations, found = self.doors.books(names)
-        assert held == {name: (self.model.balance(name), len(self.model.wallets[name])) for name in names}
-        assert operations == [one for name in names for one in reversed(self.model.wallets[name])]
+        assert held == {
+            name: (one.currency, one.status, one.balance, len(one.history), 0, one.balance)
+            for name, one in self.model.wallets.items()
+        }
+        assert operations == [one for name in names for one in reversed(self.model.wallets[name].history)]
         assert found == []
         for name in self.touched:
             self.look_at(name)
@@ -416,23 +605,49 @@ class Wallets(RuleBasedStateMachine):
             refused(self.doors.rest("GET", path), "WA400" if name in BAD_NAMES else "WA404")
             return
         status, wallet = self.doors.rest("GET", path)
-        assert (status, wallet["uuid"], wallet["balance"]) == (200, name, self.model.balance(name))
+        assert status == 200
+        assert wallet == {"id": wallet["id"], "uuid": name, "balance": self.model.wallets[name].balance}
+        status, answer = self.doors.rest("GET", f"{path}/balance")
+        assert (status, answer["id"]) == (200, wallet["id"])
+        self.shows_the_wallet(name, answer)
         status, page = self.doors.rest("GET", f"{path}/operations?limit=1000")
         assert (status, page["next"]) == (200, None)
-        assert [told(operation) for operation in page["operations"]] == self.model.wallets[name][::-1]
+        assert [told(operation) for operation in page["operations"]] == self.model.wallets[name].history[::-1]
 
-    # One operation through one door
+    def shows_the_wallet(self, name: str, answer: dict[str, Any]) -> None:
+        wallet = self.model.wallets[name]
+        expected = {"uuid": name, "currency": wallet.currency, "status": wallet.status, "balance": wallet.balance}
+        expected |= {"held": 0, "available": wallet.balance, "seq": len(wallet.history)}
+        assert {key: answer[key] for key in expected} == expected
+        assert answer.keys() - expected.keys() == {"id", "created_at", "updated_at"}
+
+    # Operations through one door
+
+    def rest(self, method: str, path: str, body: object) -> tuple[int, Any]:
+        return self.doors.rest(method, path, json.dumps(body).encode())
 
     def over_rest(self, asked: Request) -> str | None:
-        answer = self.doors.rest(
-            "POST", f"/api/v1/wallets/{asked.wallet}/operation", json.dumps(body_of(asked)).encode()
-        )
+        answer = self.rest("POST", f"/api/v1/wallets/{asked.wallet}/operation", body_of(asked))
         expected = self.model.apply(asked)
         if expected is None:
             assert answer == (200, str(asked.operation))
             return None
         refused(answer, expected)
         self.tells_of_a_duplicate(asked, expected, answer[1])
+        return expected
+
+    def by_put(self, asked: Request) -> str | None:
+        body = body_of(asked)
+        path = f"/api/v1/wallets/{asked.wallet}/operations/{body.pop('operation_uuid')}"
+        status, answer = self.rest("PUT", path, body)
+        expected = self.model.apply(asked)
+        if expected is None or self.model.same_request(asked, expected):
+            assert (status, told(answer)) == (201 if expected is None else 200, self.model.operations[asked.operation])
+        elif expected == "WA409":
+            assert (status, answer["code"], answer["detail"]) == (409, "duplicate_operation", MESSAGES["WA409"])
+            self.tells_of_a_duplicate(asked, expected, answer)
+        else:
+            refused((status, answer), expected)
         return expected
 
     def tells_of_a_duplicate(self, asked: Request, outcome: str, answer: dict[str, Any]) -> None:
@@ -443,19 +658,67 @@ class Wallets(RuleBasedStateMachine):
             assert "same_request" not in answer
         else:
             assert told(answer["operation"]) == recorded
-            assert answer["same_request"] is ((asked.type, asked.amount) == (recorded.type, recorded.amount))
+            assert answer["same_request"] is self.model.same_request(asked, outcome)
 
     def over_sql(self, asked: Request) -> str | None:
-        sqlstate, rows = self.doors.sql("apply_operation", *asked)
+        sqlstate, rows = self.doors.sql("apply_operation", *arguments_of(asked))
         expected = self.model.apply(asked)
         assert sqlstate == expected
         if expected is None:
             assert shown(rows[0]) == self.model.operations[asked.operation]
         return expected
 
+    def by_batch(self, asked: list[Request], atomic: bool) -> list[str | None]:
+        outcomes = self.model.apply_all(asked, atomic)
+        expected = [
+            (one, self.model.recorded(request, one), self.model.same_request(request, one))
+            for request, one in zip(asked, outcomes, strict=True)
+        ]
+        columns = [list(column) for column in zip(*map(arguments_of, asked), strict=True)] or [[]] * 8
+        sqlstate, rows = self.doors.sql("apply_operations", *columns, atomic)
+        assert sqlstate is None
+        assert [row.ordinal for row in rows] == [*range(1, len(asked) + 1)]
+        assert [(row.sqlstate, shown(row), row.same_request) for row in rows] == expected
+        assert all(row.message == MESSAGES.get(row.sqlstate, row.message) for row in rows)
+        assert all((row.message is None) == (row.sqlstate is None) for row in rows)
+        return outcomes
+
+    def by_bulk(self, asked: list[Request], atomic: bool) -> list[str | None]:
+        operations = [{"wallet_uuid": one.wallet} | body_of(one) for one in asked]
+        status, answer = self.rest("POST", "/api/v1/operations", {"operations": operations, "atomic": atomic})
+        outcomes = self.model.apply_all(asked, atomic)
+        assert status == 200
+        for one, outcome, shown_result in zip(asked, outcomes, answer["results"], strict=True):
+            result: dict[str, Any] = {"operation_uuid": str(one.operation), "applied": outcome is None}
+            if outcome is None:
+                recorded = self.model.operations[one.operation]
+                result |= {"balance_after": recorded.balance_after, "held_after": 0, "seq": recorded.seq}
+            else:
+                detail = MESSAGES.get(outcome, shown_result["detail"])
+                result |= {"code": CODES[outcome], "detail": detail}
+                self.tells_of_a_duplicate(one, outcome, shown_result)
+                result |= {name: shown_result[name] for name in ("operation", "same_request") if name in shown_result}
+            assert shown_result == result
+        return outcomes
+
+
+CODES = {sqlstate: code for sqlstate, (_, code) in PROBLEMS.items()} | {"WA425": "not_applied"}
+
+
+def rfc3339(moment: datetime) -> str:
+    return quote(moment.astimezone(UTC).isoformat().replace("+00:00", "Z"))
+
 
 def body_of(asked: Request) -> dict[str, Any]:
-    return {"operation_uuid": str(asked.operation), "operation_type": asked.type, "amount": asked.amount}
+    body = {"operation_uuid": str(asked.operation), "operation_type": asked.type, "amount": asked.amount}
+    optional = {"counterparty_uuid": asked.counterparty, "metadata": asked.metadata}
+    return body | {name: value for name, value in optional.items() if value is not None}
+
+
+def arguments_of(asked: Request) -> tuple[Any, ...]:
+    """Return the arguments of apply_operation for a request."""
+    metadata = None if asked.metadata is None else Jsonb(asked.metadata)
+    return (*asked[:5], None, None, metadata)
 
 
 def refused(answer: tuple[int, Any], sqlstate: str) -> None:
@@ -467,11 +730,15 @@ def refused(answer: tuple[int, Any], sqlstate: str) -> None:
 
 def told(operation: dict[str, Any]) -> Recorded:
     """Return an operation as the REST door shows it."""
+    assert operation["held_after"] == 0
+    assert None not in operation.values()
     return Recorded(
         operation["wallet_uuid"],
         UUID(operation["operation_uuid"]),
         operation["operation_type"],
         operation["amount"],
+        operation.get("counterparty_uuid"),
+        operation.get("metadata"),
         operation["balance_after"],
         operation["seq"],
     )
@@ -481,7 +748,17 @@ def shown(row: Any) -> Recorded | None:
     """Return an operation as the SQL door shows it."""
     if row.seq is None:
         return None
-    return Recorded(row.wallet_uuid, row.operation_uuid, row.operation_type, row.amount, row.balance_after, row.seq)
+    assert (row.held_after, row.hold_uuid, row.expires_at) == (0, None, None)
+    return Recorded(
+        row.wallet_uuid,
+        row.operation_uuid,
+        row.operation_type,
+        row.amount,
+        row.counterparty_uuid,
+        row.metadata,
+        row.balance_after,
+        row.seq,
+    )
 
 
 def run(scale: Scale) -> Account:

@@ -170,7 +170,7 @@ def judge_books(load: Load, superuser: psycopg.Connection, before: int, account:
     if account.counts["operations"] != load.applied:
         account.findings.append(f"{load.applied} operations answered, {account.counts['operations']} in the ledger")
     held: dict[str, int] = dict(
-        superuser.execute("select uuid, balance from wallet.wallet where uuid like 'w%'").fetchall()
+        superuser.execute("select uuid, balance from wallet.balance where uuid like 'w%'").fetchall()
     )
     wrong = {name: held.get(name) for name, total in load.sums.items() if held.get(name) != total}
     if wrong:

@@ -240,13 +240,13 @@ class Stand:
         """Read what the database holds."""
         with psycopg.connect(self.database) as connection:
             rows = connection.execute(
-                "select wallet_uuid, seq, operation_uuid, operation_type, amount, balance_after from wallet.operation"
-                " order by wallet_uuid, seq"
+                "select wallet_uuid, seq, operation_uuid, operation_type, amount, balance_after, counterparty_uuid"
+                " from wallet.operation order by wallet_uuid, seq"
             )
             ledger = [Row(*row) for row in rows]
             wallets = {
                 name: (balance, seq)
-                for name, balance, seq in connection.execute("select uuid, balance, seq from wallet.wallet")
+                for name, balance, seq in connection.execute("select uuid, balance, seq from wallet.balance")
             }
             verified = [str(row) for row in connection.execute("select * from wallet.verify()")]
         return Books(ledger, wallets, verified)

@@ -11,6 +11,7 @@ from tests.proof.history import (
     DUPLICATE,
     NO_MONEY,
     OVERLOADED,
+    TOGETHER,
     UNKNOWN,
     Attempt,
     Books,
@@ -42,6 +43,22 @@ def rows(*changes: tuple[int, int], wallet: str = "w") -> list[Row]:
         kind = "DEPOSIT" if change > 0 else "WITHDRAW"
         ledger.append(Row(wallet, seq, uuid(number), kind, abs(change), balance))
     return ledger
+
+
+def transferred(number: int, *, payer: int, payee: int, amount: int, before: int = 0) -> list[Row]:
+    """Return both rows of a transfer from w to v, after seq `payer` and `payee`; `before` is what v holds."""
+    return [
+        Row("w", payer + 1, uuid(number), "TRANSFER", amount, 3 - amount, "v"),
+        Row("v", payee + 1, uuid(number), "RECEIVE", amount, before + amount, "w"),
+    ]
+
+
+def asked_together(*operations: Operation, request: int = 1) -> list[Operation]:
+    """Put operations in one atomic request, with their first attempts."""
+    for operation in operations:
+        operation.bundle = list(operations)
+        operation.attempts[0].request = request
+    return list(operations)
 
 
 @pytest.fixture
@@ -170,6 +187,114 @@ def test_a_wallet_that_counts_something_else(history: History, books: Books) -> 
     assert broken(history, books) == {"a balance is that of its ledger"}
 
 
+@pytest.fixture
+def transfer(history: History, books: Books) -> Operation:
+    """A transfer of 2 from w to v (5), in history and books."""
+    operation = asked(5, "TRANSFER", 2, (9, 10, APPLIED))
+    operation.payee = "v"
+    history.operations[uuid(5)] = operation
+    books.ledger += transferred(5, payer=3, payee=0, amount=2)
+    books.wallets |= {"w": (1, 4), "v": (2, 1)}
+    return operation
+
+
+def test_a_transfer_that_agrees(transfer: Operation, history: History, books: Books) -> None:
+    history.reads += [Read("v", 8, 8.5, 0), Read("v", 9, 9.5, 0), Read("v", 9, 9.5, 2), Read("v", 11, 12, 2)]
+    assert transfer.acknowledged == 10
+    assert broken(history, books) == set()
+
+
+@pytest.mark.usefixtures("transfer")
+def test_a_transfer_that_nobody_received(history: History, books: Books) -> None:
+    del books.ledger[-1]
+    books.wallets["v"] = (0, 0)
+    assert broken(history, books) == {
+        "a transfer is in both ledgers or in none",
+        "the money is what was acknowledged",
+    }
+
+
+@pytest.mark.usefixtures("transfer")
+def test_a_transfer_that_nobody_sent(history: History, books: Books) -> None:
+    del books.ledger[-2]
+    books.wallets["w"] = (3, 3)
+    assert broken(history, books) == {
+        "an acknowledged operation is recorded",
+        "a transfer is in both ledgers or in none",
+        "the money is what was acknowledged",
+    }
+
+
+@pytest.mark.parametrize(
+    "change", [{"wallet": "x"}, {"amount": 1, "balance_after": 1}, {"counterparty": "v"}, {"counterparty": None}]
+)
+@pytest.mark.usefixtures("transfer")
+def test_a_transfer_whose_sides_differ(change: dict[str, object], history: History, books: Books) -> None:
+    books.ledger[-1] = books.ledger[-1]._replace(**change)  # type: ignore[arg-type]
+    assert {"a transfer is in both ledgers or in none", "a recorded operation was asked for"} <= broken(history, books)
+
+
+@pytest.mark.usefixtures("transfer")
+def test_a_transfer_that_is_received_twice(history: History, books: Books) -> None:
+    books.ledger.append(books.ledger[-1]._replace(seq=2, balance_after=4))
+    books.wallets["v"] = (4, 2)
+    assert broken(history, books) == {"an operation is recorded once", "the money is what was acknowledged"}
+
+
+def test_a_transfer_to_somebody_else(transfer: Operation, history: History, books: Books) -> None:
+    transfer.payee = "x"
+    assert broken(history, books) == {"a recorded operation was asked for"}
+
+
+def test_a_payee_who_held_nothing_after_the_answer(transfer: Operation, history: History, books: Books) -> None:
+    assert transfer.acknowledged is not None
+    history.reads.append(Read("v", transfer.acknowledged + 1, transfer.acknowledged + 2, 0))
+    assert broken(history, books) == {"a balance that was read was the balance"}
+
+
+def test_an_atomic_request_of_which_a_part_is_applied(history: History, books: Books) -> None:
+    together = asked_together(asked(1, "DEPOSIT", 10, (0, 1, APPLIED)), asked(5, "DEPOSIT", 1, (0, 1, APPLIED)))
+    history.operations |= {operation.uuid: operation for operation in together}
+    assert broken(history, books) == {
+        "an acknowledged operation is recorded",
+        "the money is what was acknowledged",
+        "an atomic request is applied as a whole or not at all",
+    }
+
+
+@pytest.mark.parametrize("outcomes", [(APPLIED, TOGETHER), (APPLIED, NO_MONEY), (APPLIED, DUPLICATE), (TOGETHER,) * 2])
+def test_an_atomic_request_that_is_answered_in_parts(outcomes: tuple[str, str]) -> None:
+    forged = history_of(*asked_together(*(asked(n, "DEPOSIT", 1, (0, 1, one)) for n, one in enumerate(outcomes))))
+    assert "an atomic request is answered as a whole" in broken(forged, Books([], {}))
+
+
+@pytest.mark.parametrize("outcomes", [(TOGETHER, NO_MONEY), (NO_MONEY, NO_MONEY), (OVERLOADED, OVERLOADED)])
+def test_an_atomic_request_that_is_refused(outcomes: tuple[str, str]) -> None:
+    forged = history_of(*asked_together(*(asked(n, "WITHDRAW", 1, (0, 1, one)) for n, one in enumerate(outcomes))))
+    assert broken(forged, Books([], {"w": (0, 0)})) == set()
+
+
+def test_an_operation_that_was_refused_because_of_nothing(history: History, books: Books) -> None:
+    history.operations[uuid(5)] = asked(5, "DEPOSIT", 1, (8, 9, TOGETHER))
+    assert broken(history, books) == {"an atomic request is answered as a whole"}
+
+
+@pytest.mark.parametrize("change", [{}, {"seq": 2}, {"balance_after": 11}, {"amount": 9}, {"counterparty": "v"}])
+def test_an_answer_that_shows_another_operation(change: dict[str, object], history: History, books: Books) -> None:
+    for attempt in history.operations[uuid(1)].attempts:
+        attempt.told = books.ledger[0]._replace(**change)  # type: ignore[arg-type]
+    assert broken(history, books) == ({"what was told is what is recorded"} if change else set())
+
+
+def test_a_repeat_that_is_answered_as_applied_now(history: History, books: Books) -> None:
+    history.operations[uuid(1)].attempts[1].outcome = APPLIED
+    assert broken(history, books) == set()
+    history.no_call_is_lost = True
+    assert broken(history, books) == {"a repeat is no news"}
+    history.operations[uuid(1)].attempts[1].sent = 0.5
+    assert broken(history, books) == set()
+
+
 def test_a_negative_balance(history: History) -> None:
     books = Books(rows((3, -12), (1, 10), (2, 5)), {"w": (3, 3)})
     assert "no balance is negative" in broken(history, books)
@@ -209,7 +334,7 @@ def test_a_balance_that_was_read_during_an_operation(balance: int, history: Hist
 
 def test_a_withdrawal_that_was_refused_with_the_money_there(history: History, books: Books) -> None:
     history.operations[uuid(5)] = asked(5, "WITHDRAW", 3, (8, 9, NO_MONEY))
-    assert broken(history, books) == {"a withdrawal is refused for want of money only"}
+    assert broken(history, books) == {"money is refused for want of it only"}
 
 
 def test_a_withdrawal_that_was_refused_before_the_money_came(history: History, books: Books) -> None:

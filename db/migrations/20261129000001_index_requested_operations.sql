@@ -1,0 +1,6 @@
+-- migrate:up transaction:false
+create unique index concurrently if not exists operation_requested_idx on wallet.operation (operation_uuid)
+where operation_type not in ('RECEIVE', 'EXPIRE');
+
+-- migrate:down transaction:false
+drop index concurrently wallet.operation_requested_idx;

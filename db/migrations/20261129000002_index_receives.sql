@@ -1,0 +1,6 @@
+-- migrate:up transaction:false
+create unique index concurrently if not exists operation_receive_idx on wallet.operation (operation_uuid)
+where operation_type = 'RECEIVE';
+
+-- migrate:down transaction:false
+drop index concurrently wallet.operation_receive_idx;
