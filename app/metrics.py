@@ -45,7 +45,7 @@ BATCH_SIZE = Histogram(
     "Operations that went in one call.",
     buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 10_000),
 )
-CALLS_IN_FLIGHT = Gauge("wallet_calls_in_flight", "Calls under way that change wallets.", multiprocess_mode="livesum")
+CALLS_IN_FLIGHT = Gauge("wallet_calls_in_flight", "Calls under way that apply operations.", multiprocess_mode="livesum")
 RESENDS = Counter("wallet_resends", "Calls made again because an earlier one failed or was lost.")
 POOL_IN_USE = Gauge("wallet_pool_in_use", "Connections of the pool that are lent.", multiprocess_mode="livesum")
 LINES_DROPPED = Counter("wallet_log_lines_dropped", "Log lines dropped because nobody read standard error.")

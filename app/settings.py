@@ -36,11 +36,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     workers: int = 1
     """Processes that serve requests."""
     pool_size: int = 10
-    """Connections to PostgreSQL, at most, in each worker."""
+    """Connections for reads, new wallets and statuses, at most, in each worker; those of the lanes are beside them."""
     lanes: int = 2
-    """Lanes in each worker: how many calls that change wallets it has in flight."""
+    """Lanes in each worker: how many calls that apply operations it has in flight, beside those of bulk requests."""
     lane_batch: int = 512
-    """Operations that go in one call, at most."""
+    """Operations that go in one call of a lane, at most."""
     lane_queue: int = 4096
     """Requests that may wait in a lane; one more gets a 429."""
     bulk_queue: int = 32

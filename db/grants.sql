@@ -11,6 +11,7 @@ grant execute on function
   wallet.apply_operation(text, uuid, text, bigint, text, uuid, timestamptz, jsonb, timestamptz),
   wallet.apply_operations(text[], uuid[], text[], bigint[], text[], uuid[], timestamptz[], jsonb[], boolean, timestamptz),
   wallet.set_status(text, text, timestamptz),
+  wallet.expire_holds(text, int),
   wallet.raise_too_late()
 to wallet_app;
 
@@ -19,11 +20,13 @@ grant execute on function
   wallet.get_operation(text, uuid),
   wallet.list_operations(text, bigint, int, timestamptz, timestamptz),
   wallet.list_wallets(text, int, text),
+  wallet.list_holds(text, bigint, int),
   wallet.contract_version(),
   wallet.verify()
 to wallet_app, wallet_reader;
 
-grant select on wallet.wallet, wallet.operation, wallet.balance to wallet_reader;
+grant select on wallet.wallet, wallet.operation, wallet.hold, wallet.balance to wallet_reader;
+grant execute on function wallet.due_amount(text, timestamptz, timestamptz) to wallet_reader; -- the view wallet.balance calls it
 
 -- The ledger is append-only and a wallet with a history stays, for the owner too: whoever means it grants it to himself.
 revoke delete, truncate on wallet.wallet from wallet_owner;

@@ -75,14 +75,14 @@ COMMENT ON COLUMN wallet.operation.wallet_uuid IS 'The wallet whose balance chan
 -- Name: COLUMN operation.operation_type; Type: COMMENT; Schema: wallet; Owner: -
 --
 
-COMMENT ON COLUMN wallet.operation.operation_type IS 'DEPOSIT adds the amount to the balance, WITHDRAW takes it off. TRANSFER takes it off here, and a RECEIVE of the counterparty, under the same operation_uuid, adds it there.';
+COMMENT ON COLUMN wallet.operation.operation_type IS 'DEPOSIT adds the amount to the balance, WITHDRAW takes it off. TRANSFER takes it off here, and a RECEIVE of the counterparty, under the same operation_uuid, adds it there. HOLD holds the amount; one of WITHDRAW, TRANSFER, RELEASE and EXPIRE ends that, whole.';
 
 
 --
 -- Name: COLUMN operation.operation_uuid; Type: COMMENT; Schema: wallet; Owner: -
 --
 
-COMMENT ON COLUMN wallet.operation.operation_uuid IS 'The client''s name for the operation, unique over all wallets among the operations that were asked for: applied once, whatever is sent again. A RECEIVE has that of its TRANSFER.';
+COMMENT ON COLUMN wallet.operation.operation_uuid IS 'The client''s name for the operation, unique over all wallets among the operations that were asked for: applied once, whatever is sent again. A RECEIVE has that of its TRANSFER, an EXPIRE that of its HOLD.';
 
 
 --
@@ -110,7 +110,7 @@ COMMENT ON COLUMN wallet.operation.balance_after IS 'Minor units: the wallet''s 
 -- Name: COLUMN operation.created_at; Type: COMMENT; Schema: wallet; Owner: -
 --
 
-COMMENT ON COLUMN wallet.operation.created_at IS 'When the operation was applied; never earlier than the wallet''s operation before it. The same in both rows of a transfer. Order comes from seq.';
+COMMENT ON COLUMN wallet.operation.created_at IS 'When the operation was applied; never earlier than the wallet''s operation before it. The same in both rows of a transfer. Of an EXPIRE: when the hold was due. Order comes from seq.';
 
 
 --
@@ -131,14 +131,14 @@ COMMENT ON COLUMN wallet.operation.counterparty_uuid IS 'The other wallet of a T
 -- Name: COLUMN operation.hold_uuid; Type: COMMENT; Schema: wallet; Owner: -
 --
 
-COMMENT ON COLUMN wallet.operation.hold_uuid IS 'Reserved for holds: null.';
+COMMENT ON COLUMN wallet.operation.hold_uuid IS 'The hold that this operation ended: the operation_uuid of its HOLD; null where it ended none.';
 
 
 --
 -- Name: COLUMN operation.expires_at; Type: COMMENT; Schema: wallet; Owner: -
 --
 
-COMMENT ON COLUMN wallet.operation.expires_at IS 'Reserved for holds: null.';
+COMMENT ON COLUMN wallet.operation.expires_at IS 'Of a HOLD: from when on it counts no longer and cannot be captured; null where it stays until it is ended.';
 
 
 --
@@ -163,6 +163,7 @@ declare
   );
   v_status text;
   v_balance bigint;
+  v_held bigint;
   v_seq bigint;
   v_last timestamptz;
   v_now timestamptz;
@@ -171,6 +172,7 @@ declare
   v_payee_status text;
   v_payee_currency text;
   v_payee_balance bigint;
+  v_payee_held bigint;
   v_payee_seq bigint;
   v_payee_last timestamptz;
   v_missed text[] := '{}';
@@ -182,6 +184,10 @@ begin
     perform wallet.raise_isolation_level();
   elsif v_fault is not null then
     raise sqlstate 'WA400' using message = v_fault;
+  elsif p_operation_type = 'HOLD' or p_hold_uuid is not null then
+    return wallet.apply_request(
+      p_wallet_uuid, p_operation_uuid, p_operation_type, p_amount, p_counterparty_uuid, p_hold_uuid, p_expires_at, p_metadata, p_not_after
+    );
   end if;
 
   begin
@@ -198,8 +204,8 @@ begin
       into v_status, v_currency, v_payee_status, v_payee_currency, v_missed
       from wallet.lock_wallets(array[p_wallet_uuid, p_counterparty_uuid]) as l;
 
-      select o.balance_after, o.seq, o.created_at
-      into v_payee_balance, v_payee_seq, v_payee_last
+      select o.balance_after, o.held_after, o.seq, o.created_at
+      into v_payee_balance, v_payee_held, v_payee_seq, v_payee_last
       from wallet.operation as o
       where o.wallet_uuid = p_counterparty_uuid
       order by o.seq desc
@@ -213,12 +219,18 @@ begin
       raise lock_not_available;
     end if;
 
-    select o.balance_after, o.seq, o.created_at
-    into v_balance, v_seq, v_last
+    select o.balance_after, o.held_after, o.seq, o.created_at
+    into v_balance, v_held, v_seq, v_last
     from wallet.operation as o
     where o.wallet_uuid = p_wallet_uuid
     order by o.seq desc
     limit 1;
+
+    if v_held > 0 or v_payee_held > 0 then
+      return wallet.apply_request(
+        p_wallet_uuid, p_operation_uuid, p_operation_type, p_amount, p_counterparty_uuid, p_hold_uuid, p_expires_at, p_metadata, p_not_after
+      );
+    end if;
 
     v_balance := coalesce(v_balance, 0);
     v_now := greatest(clock_timestamp(), v_last, v_payee_last);
@@ -286,7 +298,7 @@ $$;
 -- Name: FUNCTION apply_operation(p_wallet_uuid text, p_operation_uuid uuid, p_operation_type text, p_amount bigint, p_counterparty_uuid text, p_hold_uuid uuid, p_expires_at timestamp with time zone, p_metadata jsonb, p_not_after timestamp with time zone); Type: COMMENT; Schema: wallet; Owner: -
 --
 
-COMMENT ON FUNCTION wallet.apply_operation(p_wallet_uuid text, p_operation_uuid uuid, p_operation_type text, p_amount bigint, p_counterparty_uuid text, p_hold_uuid uuid, p_expires_at timestamp with time zone, p_metadata jsonb, p_not_after timestamp with time zone) IS 'Applies one operation exactly once and returns its row; for a transfer, the payer''s. p_operation_uuid: the caller''s name for the operation, not the nil UUID; p_operation_type: DEPOSIT, WITHDRAW or TRANSFER; p_amount: minor units, 1 to 2^63-1; p_counterparty_uuid: the payee of a TRANSFER, else null; p_metadata: an object of at most 2,048 octets as text ({} is null); p_not_after: the last moment of the call by the database''s clock; p_hold_uuid, p_expires_at: null. Raises, the first that applies: WA400 (bad argument), WA404 (no such wallet), WA409 (the operation exists, on whichever wallet), WA405 (a wallet is closed), WA403 (the wallet is frozen), WA422 (the wallets'' currencies differ), WA402 (not enough money), WA416 (a balance would pass 2^63-1); under a lock_timeout also 55P03, after WA409 (another transaction keeps a wallet locked, or the operation_uuid in flight); 57014 (too late); 0A000 unless the transaction is read committed. A refused operation leaves nothing behind.';
+COMMENT ON FUNCTION wallet.apply_operation(p_wallet_uuid text, p_operation_uuid uuid, p_operation_type text, p_amount bigint, p_counterparty_uuid text, p_hold_uuid uuid, p_expires_at timestamp with time zone, p_metadata jsonb, p_not_after timestamp with time zone) IS 'Applies one operation exactly once and returns its row; for a transfer, the payer''s. p_operation_uuid: the caller''s name for the operation, not the nil UUID; p_operation_type: DEPOSIT, WITHDRAW, TRANSFER, HOLD or RELEASE; p_amount: minor units, 1 to 2^63-1, null for RELEASE; p_counterparty_uuid: the payee of a TRANSFER, else null; p_metadata: an object of at most 2,048 octets as text ({} is null); p_not_after: the last moment of the call by the database''s clock; p_hold_uuid: the hold, that is the operation_uuid of a HOLD of this wallet, which a RELEASE ends, or from which a WITHDRAW or TRANSFER takes its amount (a capture: the hold ends, and what is left of it is available again); else null; p_expires_at: of a HOLD, from when on it counts no longer, in the years 1 to 9999, or null. Raises, the first that applies: WA400 (bad argument), WA404 (no such wallet), WA409 (the operation exists, on whichever wallet), WA424 (this wallet has no such hold), WA410 (the hold is captured, released or expired; a new one is due already), WA405 (a wallet is closed), WA403 (the wallet is frozen), WA422 (the wallets'' currencies differ), WA402 (not enough money available; a capture of more than is held), WA416 (a balance would pass 2^63-1); under a lock_timeout also 55P03, after WA409 (another transaction keeps a wallet locked, or the operation_uuid in flight); 57014 (too late); 0A000 unless the transaction is read committed. A refused operation leaves nothing behind.';
 
 
 --
@@ -309,6 +321,8 @@ declare
   v_step text; -- what the attempt is about, when it ends by an error
   v_halve boolean := false;
 
+  v_last timestamptz;
+
   v_sqlstate text;
   v_constraint text;
   v_objection text;
@@ -320,9 +334,11 @@ declare
   v_numbers jsonb;
   v_last_balances bigint[];
   v_last_seqs bigint[];
-  v_last_times timestamptz[]; -- null: none is later than the clock
+  v_last_times timestamptz[]; -- null: none is later than the clock, and nothing is held
+  v_last_helds bigint[]; -- null: nothing is held
   v_balances bigint[];
   v_wallet_seqs bigint[];
+  v_helds bigint[];
   v_times timestamptz[];
 
   v_ordinal int;
@@ -341,6 +357,22 @@ declare
   v_payee_seqs bigint[];
   v_payee_balances_after bigint[];
   v_moments timestamptz[]; -- where it is not v_now
+
+  v_holding boolean; -- something is held, or is to be
+  v_due_counts int[]; -- by number; null: nothing is due
+  v_entries int[]; -- by ordinal: the ordinal of the first request that captures or releases the same hold; null: none does
+  v_known_holds boolean[]; -- by entry, as are the next five
+  v_known boolean[];
+  v_open_holds bigint[]; -- what is held; null: no longer
+  v_open bigint[];
+  v_makers int[]; -- the ordinal of the HOLD, where it is in this batch
+  v_entry int;
+  v_available bigint; -- what the amount may be taken from, where that is not the balance
+  v_held_amounts bigint[]; -- by ordinal, as are the next four: p_amounts, with those of RELEASE
+  v_helds_after bigint[];
+  v_payee_helds_after bigint[];
+  v_opening boolean[];
+  v_closing uuid[];
 
   v_careful boolean; -- there is more to do than for deposits and withdrawals that are all good
   v_look_up boolean := false;
@@ -404,16 +436,67 @@ begin
 
     select
       jsonb_object_agg(n.uuid, n.number), array_agg(coalesce(o.balance_after, 0)), array_agg(coalesce(o.seq, 0)),
-      case when max(o.created_at) > v_now then array_agg(o.created_at) end
-    into v_numbers, v_last_balances, v_last_seqs, v_last_times
+      case when max(o.created_at) > v_now or max(o.held_after) > 0 then array_agg(o.created_at) end,
+      case when max(o.held_after) > 0 then array_agg(coalesce(o.held_after, 0)) end
+    into v_numbers, v_last_balances, v_last_seqs, v_last_times, v_last_helds
     from unnest(v_uuids) with ordinality as n (uuid, number)
     left join lateral (
-      select l.balance_after, l.seq, l.created_at
+      select l.balance_after, l.held_after, l.seq, l.created_at
       from wallet.operation as l
       where l.wallet_uuid = n.uuid
       order by l.seq desc
       limit 1
     ) as o on true;
+
+    v_holding := v_last_helds is not null or p_hold_uuids is not null or coalesce('HOLD' = any(p_operation_types), false);
+  end if;
+
+  if v_holding then
+    v_last := (select max(t.moment) from unnest(v_last_times) as t (moment));
+    if v_last > v_now then
+      v_halve := v_count > 1;
+      v_now := v_last;
+    end if;
+
+    select array_agg(coalesce(n.held, 0) - d.amount), array_agg(n.seq + d.holds), case when max(d.holds) > 0 then array_agg(d.holds::int) end
+    into v_last_helds, v_last_seqs, v_due_counts
+    from unnest(v_uuids, v_last_helds, v_last_seqs, v_last_times) as n (uuid, held, seq, last)
+    cross join lateral (
+      select coalesce(sum(h.amount), 0)::bigint as amount, count(*) as holds
+      from wallet.hold as h
+      where n.held > 0 and h.wallet_uuid = n.uuid and h.expires_at >= n.last and h.expires_at <= v_now
+    ) as d;
+    v_last_times := null;
+
+    if p_hold_uuids is not null then
+      select
+        array_agg(r.entry order by r.ordinal),
+        array_agg(h.hold_uuid is not null or coalesce(o.wallet_uuid = r.wallet_uuid and o.operation_type = 'HOLD', false) order by r.ordinal),
+        array_agg(case when (h.expires_at <= v_now) is not true then h.amount end order by r.ordinal)
+      into v_entries, v_known_holds, v_open_holds
+      from (
+        select
+          r.wallet_uuid, r.hold_uuid, r.ordinal,
+          min(r.ordinal) filter (where r.hold_uuid is not null) over (partition by r.wallet_uuid, r.name) as entry
+        from (
+          select r.wallet_uuid, r.hold_uuid, r.ordinal, case r.operation_type when 'HOLD' then r.operation_uuid else r.hold_uuid end as name
+          from unnest(p_wallet_uuids, p_operation_uuids, p_operation_types, p_hold_uuids)
+            with ordinality as r (wallet_uuid, operation_uuid, operation_type, hold_uuid, ordinal)
+        ) as r
+      ) as r
+      left join lateral (
+        select h.hold_uuid, h.amount, h.expires_at
+        from wallet.hold as h
+        where h.wallet_uuid = r.wallet_uuid and h.hold_uuid = r.hold_uuid
+        limit 1
+      ) as h on true
+      left join lateral (
+        select o.wallet_uuid, o.operation_type
+        from wallet.operation as o
+        where h.hold_uuid is null and o.operation_uuid = r.hold_uuid and o.operation_type not in ('RECEIVE', 'EXPIRE')
+        limit 1
+      ) as o on true;
+    end if;
   end if;
 
   <<attempt>>
@@ -466,6 +549,17 @@ begin
         if v_times is not null then
           v_moments := array_fill(null::timestamptz, array[v_count]);
         end if;
+        if v_holding then
+          v_helds := v_last_helds;
+          v_known := v_known_holds;
+          v_open := v_open_holds;
+          v_makers := array_fill(null::int, array[v_count]);
+          v_held_amounts := p_amounts;
+          v_helds_after := v_seqs;
+          v_payee_helds_after := v_seqs;
+          v_opening := array_fill(false, array[v_count]);
+          v_closing := array_fill(null::uuid, array[v_count]);
+        end if;
 
         if v_look_up then
           v_taken := array_fill(false, array[v_count]);
@@ -487,7 +581,7 @@ begin
           ) as q;
         end if;
 
-        v_careful := v_look_up or p_counterparty_uuids is not null or v_times is not null;
+        v_careful := v_look_up or v_holding or p_counterparty_uuids is not null or v_times is not null;
 
         for v_ordinal in 1..v_count loop
           v_type := p_operation_types[v_ordinal];
@@ -518,12 +612,24 @@ begin
               v_fault := 'WA409';
             elsif v_missing then
               v_fault := '55P03';
+            elsif v_holding then
+              v_entry := coalesce(v_entries[v_ordinal], v_ordinal);
+              v_available := case
+                when p_hold_uuids[v_ordinal] is not null then v_open[v_entry]
+                when v_type <> 'DEPOSIT' then v_balances[v_number] - v_helds[v_number]
+              end;
+
+              if p_hold_uuids[v_ordinal] is not null and not v_known[v_entry] then
+                v_fault := 'WA424';
+              elsif (p_hold_uuids[v_ordinal] is not null and v_available is null) or p_expires_at[v_ordinal] <= v_now then
+                v_fault := 'WA410';
+              end if;
             end if;
           end if;
 
           if v_fault is null then
             v_fault := wallet.state_fault(
-              v_type, v_amount, v_statuses[v_number], v_balances[v_number], v_currencies[v_number],
+              v_type, v_amount, v_statuses[v_number], coalesce(v_available, v_balances[v_number]), v_currencies[v_number],
               v_statuses[v_payee], v_balances[v_payee], v_currencies[v_payee]
             );
           end if;
@@ -537,7 +643,8 @@ begin
             continue;
           end if;
 
-          v_balance := v_balances[v_number] + case v_type when 'DEPOSIT' then v_amount else -v_amount end;
+          v_balance := v_balances[v_number]
+            + case v_type when 'DEPOSIT' then v_amount when 'WITHDRAW' then -v_amount when 'TRANSFER' then -v_amount else 0 end;
           v_balances[v_number] := v_balance;
           v_balances_after[v_ordinal] := v_balance;
           v_seq := v_wallet_seqs[v_number] + 1;
@@ -563,6 +670,32 @@ begin
             if v_look_up then
               v_taken[v_firsts[v_ordinal]] := true;
             end if;
+            if v_holding then
+              if v_type = 'HOLD' then
+                v_helds[v_number] := v_helds[v_number] + v_amount;
+                v_opening[v_ordinal] := true;
+                if v_entries is not null then
+                  v_known[v_entry] := true;
+                  v_open[v_entry] := v_amount;
+                  v_makers[v_entry] := v_ordinal;
+                end if;
+              elsif p_hold_uuids[v_ordinal] is not null then
+                v_helds[v_number] := v_helds[v_number] - v_available;
+                v_open[v_entry] := null;
+                if v_type = 'RELEASE' then
+                  v_held_amounts[v_ordinal] := v_available;
+                end if;
+                if v_makers[v_entry] is null then
+                  v_closing[v_ordinal] := p_hold_uuids[v_ordinal];
+                else
+                  v_opening[v_makers[v_entry]] := false;
+                end if;
+              end if;
+              v_helds_after[v_ordinal] := v_helds[v_number];
+              if v_payee is not null then
+                v_payee_helds_after[v_ordinal] := v_helds[v_payee];
+              end if;
+            end if;
           end if;
         end loop;
 
@@ -570,7 +703,13 @@ begin
       end loop;
 
       v_step := 'write';
-      if v_payee_seqs is null then
+      for v_due in 1..coalesce(cardinality(v_due_counts), 0) loop
+        if v_due_counts[v_due] > 0 and v_wallet_seqs[v_due] > v_last_seqs[v_due] then
+          perform wallet.record_expiries(v_uuids[v_due], v_now);
+        end if;
+      end loop;
+
+      if v_payee_seqs is null and not v_holding then
         insert into wallet.operation
           (wallet_uuid, operation_type, operation_uuid, seq, amount, balance_after, created_at, metadata)
         select
@@ -580,7 +719,7 @@ begin
           as r (wallet_uuid, operation_type, operation_uuid, seq, amount, balance_after, ordinal)
         where r.seq is not null
         order by r.operation_uuid;
-      else
+      elsif not v_holding then
         insert into wallet.operation
           (wallet_uuid, operation_type, operation_uuid, seq, amount, balance_after, created_at, counterparty_uuid, metadata)
         select
@@ -600,6 +739,42 @@ begin
         ) as s (wallet_uuid, operation_type, seq, balance_after, counterparty_uuid, side)
         where s.seq is not null
         order by r.operation_uuid, s.side;
+      else
+        insert into wallet.operation (
+          wallet_uuid, operation_type, operation_uuid, seq, amount, balance_after, created_at, held_after, counterparty_uuid,
+          hold_uuid, expires_at, metadata
+        )
+        select
+          s.wallet_uuid, s.operation_type, r.operation_uuid, s.seq, r.amount, s.balance_after, coalesce(r.moment, v_now), coalesce(s.held_after, 0),
+          s.counterparty_uuid, s.hold_uuid, r.expires_at, nullif(r.metadata, '{}')
+        from unnest(
+          p_wallet_uuids, p_operation_types, p_operation_uuids, v_seqs, coalesce(v_held_amounts, p_amounts), v_balances_after, v_moments,
+          p_metadata, p_counterparty_uuids, v_payee_seqs, v_payee_balances_after, p_hold_uuids, p_expires_at, v_helds_after, v_payee_helds_after
+        ) as r (
+          wallet_uuid, operation_type, operation_uuid, seq, amount, balance_after, moment,
+          metadata, counterparty_uuid, payee_seq, payee_balance_after, hold_uuid, expires_at, held_after, payee_held_after
+        )
+        cross join lateral (
+          values
+          (r.wallet_uuid, r.operation_type, r.seq, r.balance_after, r.counterparty_uuid, r.held_after, r.hold_uuid, 1),
+          (r.counterparty_uuid, 'RECEIVE', r.payee_seq, r.payee_balance_after, r.wallet_uuid, r.payee_held_after, null, 2)
+        ) as s (wallet_uuid, operation_type, seq, balance_after, counterparty_uuid, held_after, hold_uuid, side)
+        where s.seq is not null
+        order by r.operation_uuid, s.side;
+      end if;
+
+      if v_holding then
+        if true = any(v_opening) then
+          insert into wallet.hold (wallet_uuid, hold_uuid, seq, amount, expires_at, created_at)
+          select r.wallet_uuid, r.hold_uuid, r.seq, r.amount, r.expires_at, v_now
+          from unnest(p_wallet_uuids, p_operation_uuids, v_seqs, p_amounts, p_expires_at, v_opening)
+            as r (wallet_uuid, hold_uuid, seq, amount, expires_at, opening)
+          where r.opening;
+        end if;
+        if p_hold_uuids is not null then
+          delete from wallet.hold as h
+          where h.hold_uuid = any(v_closing) and h.wallet_uuid = any(v_uuids);
+        end if;
       end if;
 
       exit;
@@ -644,13 +819,13 @@ begin
       case when r.seq is not null then r.amount end,
       r.balance_after,
       case when r.seq is not null then coalesce(v_moments[r.ordinal], v_now) end,
-      case when r.seq is not null then 0::bigint end,
+      case when r.seq is not null then coalesce(v_helds_after[r.ordinal], 0) end,
       case when r.seq is not null then p_counterparty_uuids[r.ordinal] end,
-      null::uuid,
-      null::timestamptz,
+      case when r.seq is not null then p_hold_uuids[r.ordinal] end,
+      case when r.seq is not null then p_expires_at[r.ordinal] end,
       case when r.seq is not null then nullif(p_metadata[r.ordinal], '{}') end
     from unnest(
-      p_wallet_uuids, p_operation_types, p_operation_uuids, v_seqs, p_amounts, v_balances_after, v_faults, v_messages
+      p_wallet_uuids, p_operation_types, p_operation_uuids, v_seqs, coalesce(v_held_amounts, p_amounts), v_balances_after, v_faults, v_messages
     ) with ordinality
       as r (wallet_uuid, operation_type, operation_uuid, seq, amount, balance_after, fault, message, ordinal);
     return;
@@ -696,7 +871,50 @@ $$;
 -- Name: FUNCTION apply_operations(p_wallet_uuids text[], p_operation_uuids uuid[], p_operation_types text[], p_amounts bigint[], p_counterparty_uuids text[], p_hold_uuids uuid[], p_expires_at timestamp with time zone[], p_metadata jsonb[], p_atomic boolean, p_not_after timestamp with time zone); Type: COMMENT; Schema: wallet; Owner: -
 --
 
-COMMENT ON FUNCTION wallet.apply_operations(p_wallet_uuids text[], p_operation_uuids uuid[], p_operation_types text[], p_amounts bigint[], p_counterparty_uuids text[], p_hold_uuids uuid[], p_expires_at timestamp with time zone[], p_metadata jsonb[], p_atomic boolean, p_not_after timestamp with time zone) IS 'Applies a batch of operations as apply_operation would one after another in the order given, and commits those that succeed together. Arrays of one length, with the arguments of apply_operation; those that may be null may be null as a whole. Returns one row per request, in order: ordinal (from 1), sqlstate and message (null: applied), same_request (whether what is recorded under its operation_uuid is this request: true for an applied one; null where nothing is recorded), and the row of the applied operation, or of the recorded one where the sqlstate is WA409 and it belongs to the same wallet. Outcomes per request: WA400, WA404, WA409, WA405, WA403, WA422, WA402, WA416 as in apply_operation. Also, for requests that were not tried and may be asked again: 55P03, under a lock_timeout, after WA409 (another transaction keeps a wallet locked, or the operation_uuid in flight); and the SQLSTATE of whatever else the database refuses (a constraint, a trigger), its message in a WARNING. p_atomic: if any request is refused, none is applied, and the outcome of those that would have been is WA425. Raises WA400 only for the arrays themselves (null, different lengths, more than one dimension), 57014 (too late), and 0A000 unless the transaction is read committed.';
+COMMENT ON FUNCTION wallet.apply_operations(p_wallet_uuids text[], p_operation_uuids uuid[], p_operation_types text[], p_amounts bigint[], p_counterparty_uuids text[], p_hold_uuids uuid[], p_expires_at timestamp with time zone[], p_metadata jsonb[], p_atomic boolean, p_not_after timestamp with time zone) IS 'Applies a batch of operations as apply_operation would one after another in the order given, and commits those that succeed together. Arrays of one length, with the arguments of apply_operation; those that may be null may be null as a whole. Returns one row per request, in order: ordinal (from 1), sqlstate and message (null: applied), same_request (whether what is recorded under its operation_uuid is this request: true for an applied one; null where nothing is recorded), and the row of the applied operation, or of the recorded one where the sqlstate is WA409 and it belongs to the same wallet. Outcomes per request: WA400, WA404, WA409, WA424, WA410, WA405, WA403, WA422, WA402, WA416 as in apply_operation. Also, for requests that were not tried and may be asked again: 55P03, under a lock_timeout, after WA409 (another transaction keeps a wallet locked, or the operation_uuid in flight); and the SQLSTATE of whatever else the database refuses (a constraint, a trigger), its message in a WARNING. p_atomic: if any request is refused, none is applied, and the outcome of those that would have been is WA425. Raises WA400 only for the arrays themselves (null, different lengths, more than one dimension), 57014 (too late), and 0A000 unless the transaction is read committed.';
+
+
+--
+-- Name: apply_request(text, uuid, text, bigint, text, uuid, timestamp with time zone, jsonb, timestamp with time zone); Type: FUNCTION; Schema: wallet; Owner: -
+--
+
+CREATE FUNCTION wallet.apply_request(p_wallet_uuid text, p_operation_uuid uuid, p_operation_type text, p_amount bigint, p_counterparty_uuid text, p_hold_uuid uuid, p_expires_at timestamp with time zone, p_metadata jsonb, p_not_after timestamp with time zone) RETURNS wallet.operation
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_sqlstate text;
+  v_message text;
+  v_operation wallet.operation;
+begin
+  select
+    a.sqlstate, a.message,
+    a.wallet_uuid, a.operation_type, a.operation_uuid, a.seq, a.amount, a.balance_after, a.created_at,
+    a.held_after, a.counterparty_uuid, a.hold_uuid, a.expires_at, a.metadata
+  into
+    v_sqlstate, v_message,
+    v_operation.wallet_uuid, v_operation.operation_type, v_operation.operation_uuid, v_operation.seq, v_operation.amount,
+    v_operation.balance_after, v_operation.created_at, v_operation.held_after, v_operation.counterparty_uuid, v_operation.hold_uuid,
+    v_operation.expires_at, v_operation.metadata
+  from wallet.apply_operations(
+    array[p_wallet_uuid], array[p_operation_uuid], array[p_operation_type], array[p_amount], array[p_counterparty_uuid],
+    array[p_hold_uuid], array[p_expires_at], array[p_metadata], p_not_after => p_not_after
+  ) as a;
+
+  if v_sqlstate is not null then
+    raise exception using errcode = v_sqlstate, message = v_message;
+  end if;
+
+  return v_operation;
+end
+$$;
+
+
+--
+-- Name: FUNCTION apply_request(p_wallet_uuid text, p_operation_uuid uuid, p_operation_type text, p_amount bigint, p_counterparty_uuid text, p_hold_uuid uuid, p_expires_at timestamp with time zone, p_metadata jsonb, p_not_after timestamp with time zone); Type: COMMENT; Schema: wallet; Owner: -
+--
+
+COMMENT ON FUNCTION wallet.apply_request(p_wallet_uuid text, p_operation_uuid uuid, p_operation_type text, p_amount bigint, p_counterparty_uuid text, p_hold_uuid uuid, p_expires_at timestamp with time zone, p_metadata jsonb, p_not_after timestamp with time zone) IS 'Internal: what apply_operation does, by way of apply_operations, where all is written that concerns holds.';
 
 
 --
@@ -707,19 +925,29 @@ CREATE FUNCTION wallet.argument_fault(p_wallet_uuid text, p_operation_uuid uuid,
     LANGUAGE sql IMMUTABLE
     AS $$
   select case
-    when (p_operation_type = 'DEPOSIT' or p_operation_type = 'WITHDRAW') and p_amount > 0
-      and p_operation_uuid <> '00000000-0000-0000-0000-000000000000'::uuid
-      and p_counterparty_uuid is null and p_hold_uuid is null and p_expires_at is null and p_metadata is null
+    when p_amount > 0 and p_operation_uuid <> '00000000-0000-0000-0000-000000000000'::uuid
+      and p_hold_uuid is null and p_expires_at is null and p_metadata is null
+      and case
+        when p_counterparty_uuid is null then p_operation_type = 'DEPOSIT' or p_operation_type = 'WITHDRAW'
+        else p_operation_type = 'TRANSFER' and p_counterparty_uuid <> p_wallet_uuid
+      end
       then null
     when p_operation_uuid is null then 'operation_uuid must not be null'
     when p_operation_uuid = '00000000-0000-0000-0000-000000000000'::uuid then 'operation_uuid must not be the nil UUID'
     when p_operation_type is null then 'operation_type must not be null'
     when p_operation_type <> 'DEPOSIT' and p_operation_type <> 'WITHDRAW' and p_operation_type <> 'TRANSFER'
-      then 'operation_type must be DEPOSIT, WITHDRAW or TRANSFER'
-    when p_amount is null then 'amount must not be null'
+      and p_operation_type <> 'HOLD' and p_operation_type <> 'RELEASE'
+      then 'operation_type must be DEPOSIT, WITHDRAW, TRANSFER, HOLD or RELEASE'
+    when p_operation_type = 'RELEASE' and p_amount is not null then 'amount must be null for RELEASE'
+    when p_operation_type <> 'RELEASE' and p_amount is null then 'amount must not be null'
     when p_amount <= 0 then 'amount must be from 1 to 9223372036854775807'
-    when p_hold_uuid is not null then 'hold_uuid must be null'
-    when p_expires_at is not null then 'expires_at must be null'
+    when p_operation_type = 'RELEASE' and p_hold_uuid is null then 'hold_uuid must not be null for RELEASE'
+    when p_hold_uuid is not null and (p_operation_type = 'DEPOSIT' or p_operation_type = 'HOLD')
+      then 'hold_uuid must be null but for WITHDRAW, TRANSFER and RELEASE'
+    when p_hold_uuid = '00000000-0000-0000-0000-000000000000'::uuid then 'hold_uuid must not be the nil UUID'
+    when p_operation_type <> 'HOLD' and p_expires_at is not null then 'expires_at must be null but for HOLD'
+    when p_expires_at < '0001-01-01 00:00:00+00'::timestamptz or p_expires_at >= '10000-01-01 00:00:00+00'::timestamptz
+      then 'expires_at must be in the years 1 to 9999'
     when p_operation_type = 'TRANSFER' and p_counterparty_uuid is null then 'counterparty_uuid must not be null for TRANSFER'
     when p_operation_type <> 'TRANSFER' and p_counterparty_uuid is not null then 'counterparty_uuid must be null but for TRANSFER'
     when p_counterparty_uuid = p_wallet_uuid then 'counterparty_uuid must be another wallet'
@@ -745,7 +973,7 @@ CREATE FUNCTION wallet.contract_version() RETURNS integer
     LANGUAGE sql IMMUTABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
-  select 3
+  select 4
 $$;
 
 
@@ -754,6 +982,34 @@ $$;
 --
 
 COMMENT ON FUNCTION wallet.contract_version() IS 'Returns the version of the contract that these functions keep: it grows with each migration that callers could notice. A caller that needs version N works with any that is not below N. Commit b046021 had no such function; it counts as 1.';
+
+
+--
+-- Name: due_amount(text, timestamp with time zone, timestamp with time zone); Type: FUNCTION; Schema: wallet; Owner: -
+--
+
+CREATE FUNCTION wallet.due_amount(p_wallet_uuid text, p_from timestamp with time zone, p_until timestamp with time zone DEFAULT NULL::timestamp with time zone) RETURNS bigint
+    LANGUAGE plpgsql STABLE SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET enable_seqscan TO 'off'
+    AS $$
+declare
+  v_until timestamptz := greatest(p_from, coalesce(p_until, clock_timestamp()));
+begin
+  return (
+    select coalesce(sum(h.amount), 0)
+    from wallet.hold as h
+    where h.wallet_uuid = p_wallet_uuid and h.expires_at >= p_from and h.expires_at <= v_until
+  );
+end
+$$;
+
+
+--
+-- Name: FUNCTION due_amount(p_wallet_uuid text, p_from timestamp with time zone, p_until timestamp with time zone); Type: COMMENT; Schema: wallet; Owner: -
+--
+
+COMMENT ON FUNCTION wallet.due_amount(p_wallet_uuid text, p_from timestamp with time zone, p_until timestamp with time zone) IS 'Internal: minor units, how much of what a wallet''s last row holds is due at a moment (null: now), though no EXPIRE says so yet. p_from: the created_at of that row. The view wallet.balance calls it with the rights of whoever reads that.';
 
 
 --
@@ -824,16 +1080,19 @@ CREATE VIEW wallet.balance AS
     w.currency,
     w.status,
     COALESCE(o.balance_after, (0)::bigint) AS balance,
-    COALESCE(o.held_after, (0)::bigint) AS held,
-    COALESCE((o.balance_after - o.held_after), (0)::bigint) AS available,
+    COALESCE(o.held, (0)::bigint) AS held,
+    COALESCE((o.balance_after - o.held), (0)::bigint) AS available,
     COALESCE(o.seq, (0)::bigint) AS seq,
     w.created_at,
     COALESCE(o.created_at, w.created_at) AS updated_at
    FROM (wallet.wallet w
      LEFT JOIN LATERAL ( SELECT l.balance_after,
-            l.held_after,
             l.seq,
-            l.created_at
+            l.created_at,
+                CASE
+                    WHEN (l.held_after > 0) THEN (l.held_after - wallet.due_amount(l.wallet_uuid, l.created_at))
+                    ELSE (0)::bigint
+                END AS held
            FROM wallet.operation l
           WHERE (l.wallet_uuid = w.uuid)
           ORDER BY l.seq DESC
@@ -844,7 +1103,7 @@ CREATE VIEW wallet.balance AS
 -- Name: VIEW balance; Type: COMMENT; Schema: wallet; Owner: -
 --
 
-COMMENT ON VIEW wallet.balance IS 'One row per wallet: who it is and what its last operation says. balance, held, available: minor units, available = balance - held; seq: the number of its operations; updated_at: the created_at of the last one, of the wallet where there is none.';
+COMMENT ON VIEW wallet.balance IS 'One row per wallet: who it is and what its last operation says. balance, held, available: minor units, available = balance - held, where a hold that is due counts no longer; seq: the number of its operations; updated_at: the created_at of the last one, of the wallet where there is none.';
 
 
 --
@@ -896,6 +1155,46 @@ COMMENT ON FUNCTION wallet.create_wallet(p_wallet_uuid text, p_currency text, p_
 
 
 --
+-- Name: expire_holds(text, integer); Type: FUNCTION; Schema: wallet; Owner: -
+--
+
+CREATE FUNCTION wallet.expire_holds(p_wallet_uuid text, p_limit integer DEFAULT 1000) RETURNS integer
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  if current_setting('transaction_isolation') not in ('read committed', 'read uncommitted') then
+    perform wallet.raise_isolation_level();
+  elsif p_limit is null or p_limit < 1 then
+    raise sqlstate 'WA400' using message = 'limit must be from 1 to 2147483647';
+  end if;
+
+  begin
+    perform 1
+    from wallet.wallet as w
+    where w.uuid = p_wallet_uuid
+    for no key update;
+  exception when lock_not_available then
+    raise lock_not_available using message = wallet.fault_message('55P03');
+  end;
+
+  if not found then
+    perform wallet.raise_wallet_not_found(p_wallet_uuid);
+  end if;
+
+  return wallet.record_expiries(p_wallet_uuid, clock_timestamp(), p_limit);
+end
+$$;
+
+
+--
+-- Name: FUNCTION expire_holds(p_wallet_uuid text, p_limit integer); Type: COMMENT; Schema: wallet; Owner: -
+--
+
+COMMENT ON FUNCTION wallet.expire_holds(p_wallet_uuid text, p_limit integer) IS 'Records an EXPIRE for a wallet''s holds that are due, at most p_limit (1 to 2^31-1), the earliest first, and returns how many. Never required: a hold that is due counts no longer, recorded or not, and the wallet''s next operation records it. Raises WA400 (null or bad name, limit out of range), WA404 (no such wallet), 0A000 (another isolation level than read committed); under a lock_timeout also 55P03.';
+
+
+--
 -- Name: fault_message(text); Type: FUNCTION; Schema: wallet; Owner: -
 --
 
@@ -908,11 +1207,13 @@ CREATE FUNCTION wallet.fault_message(p_sqlstate text) RETURNS text
     when 'WA404' then 'Wallet not found'
     when 'WA405' then 'Wallet is closed'
     when 'WA409' then 'Transaction already exists'
+    when 'WA410' then 'Hold is closed'
     when 'WA414' then 'Operation not found'
     when 'WA416' then 'Balance out of range'
     when 'WA417' then 'Wallet is not empty'
     when 'WA419' then 'Wallet already exists'
     when 'WA422' then 'Currencies differ'
+    when 'WA424' then 'Hold not found'
     when 'WA425' then 'Another operation of the request was refused'
     when '55P03' then 'Wallet is locked by another transaction: not applied'
     else case when p_sqlstate is not null then 'Refused by the database: not applied' end
@@ -981,7 +1282,6 @@ CREATE FUNCTION wallet.get_wallet(p_wallet_uuid text, p_at timestamp with time z
     AS $$
 declare
   v_wallet wallet.balance;
-  v_seq bigint;
   v_then wallet.operation;
 begin
   select b.* into v_wallet
@@ -992,17 +1292,19 @@ begin
     perform wallet.raise_wallet_not_found(p_wallet_uuid);
   end if;
 
-  if v_wallet.seq > 0 and p_at < v_wallet.updated_at then
-    v_seq := wallet.seq_before(p_wallet_uuid, p_at, p_inclusive => true);
+  if v_wallet.seq > 0 and p_at is not null then
+    v_wallet.seq := wallet.seq_before(p_wallet_uuid, p_at, p_inclusive => true);
 
     select o.* into v_then
     from wallet.operation as o
-    where o.wallet_uuid = p_wallet_uuid and o.seq = v_seq;
+    where o.wallet_uuid = p_wallet_uuid and o.seq = v_wallet.seq;
 
     v_wallet.balance := coalesce(v_then.balance_after, 0);
     v_wallet.held := coalesce(v_then.held_after, 0);
+    if v_wallet.held > 0 then
+      v_wallet.held := v_wallet.held - wallet.due_amount(p_wallet_uuid, v_then.created_at, p_at);
+    end if;
     v_wallet.available := v_wallet.balance - v_wallet.held;
-    v_wallet.seq := coalesce(v_then.seq, 0);
     v_wallet.updated_at := coalesce(v_then.created_at, v_wallet.created_at);
   end if;
 
@@ -1015,7 +1317,7 @@ $$;
 -- Name: FUNCTION get_wallet(p_wallet_uuid text, p_at timestamp with time zone); Type: COMMENT; Schema: wallet; Owner: -
 --
 
-COMMENT ON FUNCTION wallet.get_wallet(p_wallet_uuid text, p_at timestamp with time zone) IS 'Returns the wallet''s row of wallet.balance: uuid, id, currency, status, balance, held and available in minor units, seq, created_at, updated_at. p_at: a moment; balance, held, available, seq and updated_at are then those after the last operation at or before it (balance 0 and seq 0 before the first); currency and status are always today''s. Null: now. Raises WA400 (null or bad name), WA404 (no such wallet).';
+COMMENT ON FUNCTION wallet.get_wallet(p_wallet_uuid text, p_at timestamp with time zone) IS 'Returns the wallet''s row of wallet.balance: uuid, id, currency, status, balance, held and available in minor units, seq, created_at, updated_at. A hold that is due is no longer held, whether its EXPIRE is recorded or not. p_at: a moment; balance, held, available, seq and updated_at are then those after the last operation at or before it (balance 0 and seq 0 before the first), less the holds due by then; currency and status are always today''s. Null: now. Raises WA400 (null or bad name), WA404 (no such wallet).';
 
 
 --
@@ -1026,7 +1328,7 @@ CREATE FUNCTION wallet.is_same_request(p_operation wallet.operation, p_operation
     LANGUAGE sql IMMUTABLE
     AS $$
   select p_operation.operation_type = p_operation_type
-    and p_operation.amount = p_amount
+    and (p_operation.amount = p_amount or p_operation_type = 'RELEASE')
     and p_operation.counterparty_uuid is not distinct from p_counterparty_uuid
     and p_operation.hold_uuid is not distinct from p_hold_uuid
     and p_operation.expires_at is not distinct from p_expires_at
@@ -1039,6 +1341,109 @@ $$;
 --
 
 COMMENT ON FUNCTION wallet.is_same_request(p_operation wallet.operation, p_operation_type text, p_amount bigint, p_counterparty_uuid text, p_hold_uuid uuid, p_expires_at timestamp with time zone, p_metadata jsonb) IS 'Internal: whether an operation on record is what this request asks for. Neither security definer nor pinned, so that it is inlined into its callers, which are.';
+
+
+--
+-- Name: hold; Type: TABLE; Schema: wallet; Owner: -
+--
+
+CREATE TABLE wallet.hold (
+    wallet_uuid text NOT NULL COLLATE pg_catalog."C",
+    hold_uuid uuid NOT NULL,
+    seq bigint NOT NULL,
+    amount bigint NOT NULL,
+    expires_at timestamp with time zone,
+    created_at timestamp with time zone NOT NULL,
+    CONSTRAINT hold_amount_check CHECK ((amount > 0)),
+    CONSTRAINT hold_expires_at_check CHECK ((expires_at > created_at))
+);
+
+
+--
+-- Name: TABLE hold; Type: COMMENT; Schema: wallet; Owner: -
+--
+
+COMMENT ON TABLE wallet.hold IS 'The open holds, and nothing else: the HOLDs of the ledger that no capture, RELEASE or EXPIRE has ended. One that is due stays here until its EXPIRE is recorded, and counts no longer.';
+
+
+--
+-- Name: COLUMN hold.wallet_uuid; Type: COMMENT; Schema: wallet; Owner: -
+--
+
+COMMENT ON COLUMN wallet.hold.wallet_uuid IS 'The wallet whose money is held.';
+
+
+--
+-- Name: COLUMN hold.hold_uuid; Type: COMMENT; Schema: wallet; Owner: -
+--
+
+COMMENT ON COLUMN wallet.hold.hold_uuid IS 'The hold''s name: the operation_uuid of its HOLD.';
+
+
+--
+-- Name: COLUMN hold.seq; Type: COMMENT; Schema: wallet; Owner: -
+--
+
+COMMENT ON COLUMN wallet.hold.seq IS 'The seq of its HOLD.';
+
+
+--
+-- Name: COLUMN hold.amount; Type: COMMENT; Schema: wallet; Owner: -
+--
+
+COMMENT ON COLUMN wallet.hold.amount IS 'Minor units, 1 to 2^63-1.';
+
+
+--
+-- Name: COLUMN hold.expires_at; Type: COMMENT; Schema: wallet; Owner: -
+--
+
+COMMENT ON COLUMN wallet.hold.expires_at IS 'From when on it is due: it counts no longer and cannot be captured. Null: never.';
+
+
+--
+-- Name: COLUMN hold.created_at; Type: COMMENT; Schema: wallet; Owner: -
+--
+
+COMMENT ON COLUMN wallet.hold.created_at IS 'The created_at of its HOLD.';
+
+
+--
+-- Name: list_holds(text, bigint, integer); Type: FUNCTION; Schema: wallet; Owner: -
+--
+
+CREATE FUNCTION wallet.list_holds(p_wallet_uuid text, p_after_seq bigint DEFAULT NULL::bigint, p_limit integer DEFAULT 100) RETURNS SETOF wallet.hold
+    LANGUAGE plpgsql STABLE SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET enable_seqscan TO 'off'
+    AS $$
+declare
+  v_moment timestamptz;
+begin
+  if p_after_seq < 0 then
+    raise sqlstate 'WA400' using message = 'after_seq must be from 0 to 9223372036854775807';
+  elsif p_limit is null or p_limit not between 1 and 1000 then
+    raise sqlstate 'WA400' using message = 'limit must be from 1 to 1000';
+  end if;
+
+  v_moment := greatest(clock_timestamp(), (wallet.get_wallet(p_wallet_uuid)).updated_at);
+
+  return query
+  select h.*
+  from wallet.hold as h
+  where h.wallet_uuid = p_wallet_uuid and h.seq > coalesce(p_after_seq, 0) and h.seq > 0 -- as hold_seq_idx says
+    and (h.expires_at > v_moment) is not false
+  order by h.seq
+  limit p_limit;
+end
+$$;
+
+
+--
+-- Name: FUNCTION list_holds(p_wallet_uuid text, p_after_seq bigint, p_limit integer); Type: COMMENT; Schema: wallet; Owner: -
+--
+
+COMMENT ON FUNCTION wallet.list_holds(p_wallet_uuid text, p_after_seq bigint, p_limit integer) IS 'Returns a wallet''s open holds that are not due, oldest first: at most p_limit (1 to 1000) with a seq above p_after_seq (null: from the oldest). The next page starts after the last row''s seq; after a page with fewer than p_limit rows there is none. Raises WA400 (null or bad name, limit or seq out of range), WA404 (no such wallet).';
 
 
 --
@@ -1328,6 +1733,68 @@ COMMENT ON FUNCTION wallet.raise_wallet_not_found(p_wallet_uuid text, p_counterp
 
 
 --
+-- Name: record_expiries(text, timestamp with time zone, integer); Type: FUNCTION; Schema: wallet; Owner: -
+--
+
+CREATE FUNCTION wallet.record_expiries(p_wallet_uuid text, p_moment timestamp with time zone, p_limit integer DEFAULT NULL::integer) RETURNS integer
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET plan_cache_mode TO 'force_generic_plan'
+    SET enable_seqscan TO 'off'
+    AS $$
+declare
+  v_last wallet.operation;
+  v_until timestamptz;
+  v_seq bigint := 9223372036854775807;
+  v_count int;
+begin
+  select o.* into v_last
+  from wallet.operation as o
+  where o.wallet_uuid = p_wallet_uuid
+  order by o.seq desc
+  limit 1;
+
+  v_until := greatest(p_moment, v_last.created_at);
+  if p_limit is not null then
+    select h.expires_at, h.seq into v_until, v_seq
+    from (
+      select h.expires_at, h.seq
+      from wallet.hold as h
+      where h.wallet_uuid = p_wallet_uuid and h.expires_at >= v_last.created_at and h.expires_at <= v_until
+      order by h.expires_at, h.seq
+      limit p_limit
+    ) as h
+    order by h.expires_at desc, h.seq desc
+    limit 1;
+  end if;
+
+  with due as (
+    delete from wallet.hold as h
+    where h.wallet_uuid = p_wallet_uuid and h.expires_at >= v_last.created_at and (h.expires_at, h.seq) <= (v_until, v_seq)
+    returning h.hold_uuid, h.seq, h.amount, h.expires_at
+  )
+  insert into wallet.operation
+    (wallet_uuid, operation_type, operation_uuid, seq, amount, balance_after, created_at, held_after, hold_uuid)
+  select
+    p_wallet_uuid, 'EXPIRE', d.hold_uuid, v_last.seq + row_number() over by_time, d.amount, v_last.balance_after, d.expires_at,
+    v_last.held_after - sum(d.amount) over by_time, d.hold_uuid
+  from due as d
+  window by_time as (order by d.expires_at, d.seq);
+
+  get diagnostics v_count = row_count;
+  return v_count;
+end
+$$;
+
+
+--
+-- Name: FUNCTION record_expiries(p_wallet_uuid text, p_moment timestamp with time zone, p_limit integer); Type: COMMENT; Schema: wallet; Owner: -
+--
+
+COMMENT ON FUNCTION wallet.record_expiries(p_wallet_uuid text, p_moment timestamp with time zone, p_limit integer) IS 'Internal: records an EXPIRE for each hold of a locked wallet that is due at a moment (the first p_limit of them; null: all) and returns how many.';
+
+
+--
 -- Name: seq_before(text, timestamp with time zone, boolean); Type: FUNCTION; Schema: wallet; Owner: -
 --
 
@@ -1453,7 +1920,7 @@ CREATE FUNCTION wallet.state_fault(p_operation_type text, p_amount bigint, p_sta
     AS $$
   select case
     when p_status = 'CLOSED' or p_payee_status = 'CLOSED' then 'WA405'
-    when p_status = 'FROZEN' and p_operation_type <> 'DEPOSIT' then 'WA403'
+    when p_status = 'FROZEN' and p_operation_type <> 'DEPOSIT' and p_operation_type <> 'RELEASE' then 'WA403'
     when p_operation_type = 'DEPOSIT' then case when p_amount > 9223372036854775807 - p_balance then 'WA416' end
     when p_operation_type = 'TRANSFER' and p_currency is distinct from p_payee_currency then 'WA422'
     when p_amount > p_balance then 'WA402'
@@ -1466,7 +1933,7 @@ $$;
 -- Name: FUNCTION state_fault(p_operation_type text, p_amount bigint, p_status text, p_balance bigint, p_currency text, p_payee_status text, p_payee_balance bigint, p_payee_currency text); Type: COMMENT; Schema: wallet; Owner: -
 --
 
-COMMENT ON FUNCTION wallet.state_fault(p_operation_type text, p_amount bigint, p_status text, p_balance bigint, p_currency text, p_payee_status text, p_payee_balance bigint, p_payee_currency text) IS 'Internal: the SQLSTATE for an operation that the state of its wallets does not allow (the first of WA405, WA403, WA422, WA402, WA416), else null. The payee''s state is null but for a TRANSFER. Neither security definer nor pinned, so that it is inlined into its callers, which are.';
+COMMENT ON FUNCTION wallet.state_fault(p_operation_type text, p_amount bigint, p_status text, p_balance bigint, p_currency text, p_payee_status text, p_payee_balance bigint, p_payee_currency text) IS 'Internal: the SQLSTATE for an operation that the state of its wallets does not allow (the first of WA405, WA403, WA422, WA402, WA416), else null. p_balance: of a DEPOSIT the balance, of any other what the amount may be taken from. The payee''s state is null but for a TRANSFER. Neither security definer nor pinned, so that it is inlined into its callers, which are.';
 
 
 --
@@ -1483,12 +1950,26 @@ CREATE FUNCTION wallet.verify() RETURNS TABLE(invariant text, wallet_uuid text, 
       case
         when o.operation_type in ('DEPOSIT', 'RECEIVE') then o.amount::numeric
         when o.operation_type in ('WITHDRAW', 'TRANSFER') then -o.amount::numeric
+        when o.operation_type in ('HOLD', 'RELEASE', 'EXPIRE') then 0
       end as change,
       lag(o.seq, 1, 0::bigint) over by_seq as seq_before,
       lag(o.balance_after, 1, 0::bigint) over by_seq as balance_before,
+      lag(o.held_after, 1, 0::bigint) over by_seq as held_before,
       lag(o.created_at) over by_seq as time_before
     from wallet.operation as o
     window by_seq as (partition by o.wallet_uuid order by o.seq)
+  ),
+
+  hold as materialized (
+    select h.*
+    from history as h
+    where h.operation_type = 'HOLD'
+  ),
+
+  ending as materialized (
+    select h.*
+    from history as h
+    where h.hold_uuid is not null
   )
 
   select 'wallet has no nulls', w.uuid, null::bigint, w::text
@@ -1521,17 +2002,65 @@ CREATE FUNCTION wallet.verify() RETURNS TABLE(invariant text, wallet_uuid text, 
   from history as h
   where h.wallet_uuid is null or h.operation_type is null or h.operation_uuid is null or h.seq is null
     or h.amount is null or h.balance_after is null or h.held_after is null or h.created_at is null
+    or (h.operation_type in ('RELEASE', 'EXPIRE') and h.hold_uuid is null)
   union all
   select 'operation is well formed', h.wallet_uuid, h.seq, h::text
   from history as h
-  where h.operation_type not in ('DEPOSIT', 'WITHDRAW', 'TRANSFER', 'RECEIVE')
+  where h.operation_type not in ('DEPOSIT', 'WITHDRAW', 'TRANSFER', 'RECEIVE', 'HOLD', 'RELEASE', 'EXPIRE')
     or h.operation_uuid = '00000000-0000-0000-0000-000000000000'::uuid
     or h.amount <= 0 or h.balance_after < 0
+    or (h.operation_type in ('DEPOSIT', 'RECEIVE', 'HOLD') and h.hold_uuid is not null)
+    or (h.operation_type <> 'HOLD' and h.expires_at is not null) or h.expires_at <= h.created_at
+    or (h.operation_type = 'EXPIRE' and (h.operation_uuid <> h.hold_uuid or h.metadata is not null))
     or jsonb_typeof(h.metadata) <> 'object' or h.metadata = '{}' or octet_length(h.metadata::text) > 2048
   union all
-  select 'nothing is held', h.wallet_uuid, h.seq, format('held_after %s, hold %s, expires at %s', h.held_after, h.hold_uuid, h.expires_at)
+  select 'available is not negative', h.wallet_uuid, h.seq, format('balance_after %s, held_after %s', h.balance_after, h.held_after)
   from history as h
-  where h.held_after <> 0 or h.hold_uuid is not null or h.expires_at is not null
+  where h.held_after < 0 or h.held_after > h.balance_after
+  union all
+  select 'a hold has one end', e.wallet_uuid, min(e.seq), format('hold %s has %s', e.hold_uuid, count(*))
+  from ending as e
+  group by e.wallet_uuid, e.hold_uuid
+  having count(*) > 1
+  union all
+  select 'an end belongs to a hold before it', e.wallet_uuid, e.seq, format('%s of %s on hold %s', e.operation_type, e.amount, e.hold_uuid)
+  from ending as e
+  left join hold as h on h.operation_uuid = e.hold_uuid and h.wallet_uuid = e.wallet_uuid and h.seq < e.seq
+  where h.operation_uuid is null or e.amount > h.amount or (e.operation_type in ('RELEASE', 'EXPIRE') and e.amount <> h.amount)
+  union all
+  select 'a hold ends before it is due, or expires then', e.wallet_uuid, e.seq, format('%s at %s, due at %s', e.operation_type, e.created_at, h.expires_at)
+  from ending as e
+  inner join hold as h on h.operation_uuid = e.hold_uuid
+  where case when e.operation_type = 'EXPIRE' then e.created_at is distinct from h.expires_at else e.created_at >= h.expires_at end
+  union all
+  select 'open holds are those without an end', coalesce(h.wallet_uuid, o.wallet_uuid), coalesce(h.seq, o.seq), format('ledger: %s; wallet.hold: %s', h, o)
+  from (
+    select h.wallet_uuid, h.operation_uuid, h.seq, h.amount, h.expires_at, h.created_at
+    from hold as h
+    where not exists (select from ending as e where e.hold_uuid = h.operation_uuid)
+  ) as h
+  full join wallet.hold as o on o.hold_uuid = h.operation_uuid
+  where (h.wallet_uuid, h.operation_uuid, h.seq, h.amount, h.expires_at, h.created_at)
+    is distinct from (o.wallet_uuid, o.hold_uuid, o.seq, o.amount, o.expires_at, o.created_at)
+  union all
+  select
+    'an operation records the holds that are due', o.wallet_uuid, o.seq,
+    format('hold %s, due at %s, is open; last operation at %s', o.hold_uuid, o.expires_at, h.last)
+  from wallet.hold as o
+  inner join (
+    select h.wallet_uuid, max(h.created_at) as last
+    from history as h
+    where h.operation_type <> 'EXPIRE'
+    group by h.wallet_uuid
+  ) as h on h.wallet_uuid = o.wallet_uuid
+  where o.expires_at <= h.last
+  union all
+  select
+    'held_after follows from the operation before', h.wallet_uuid, h.seq,
+    format('%s of %s on %s held gives %s', h.operation_type, h.amount, h.held_before, h.held_after)
+  from history as h
+  left join hold as o on o.operation_uuid = h.hold_uuid
+  where h.held_after is distinct from h.held_before::numeric + case when h.operation_type = 'HOLD' then h.amount else 0 end - coalesce(o.amount, 0)
   union all
   select 'a transfer and nothing else has a counterparty', h.wallet_uuid, h.seq, format('%s, counterparty %s', h.operation_type, h.counterparty_uuid)
   from history as h
@@ -1539,7 +2068,7 @@ CREATE FUNCTION wallet.verify() RETURNS TABLE(invariant text, wallet_uuid text, 
   union all
   select 'operation_uuid is unique', min(h.wallet_uuid), min(h.seq), format('operation %s stands %s times', h.operation_uuid, count(*))
   from history as h
-  group by h.operation_uuid, h.operation_type = 'RECEIVE'
+  group by h.operation_uuid, case when h.operation_type in ('RECEIVE', 'EXPIRE') then h.operation_type end
   having count(*) > 1
   union all
   select 'seq has no gap', h.wallet_uuid, h.seq, format('comes after seq %s', h.seq_before)
@@ -1581,7 +2110,7 @@ $_$;
 -- Name: FUNCTION verify(); Type: COMMENT; Schema: wallet; Owner: -
 --
 
-COMMENT ON FUNCTION wallet.verify() IS 'Audits the books: one row per broken invariant (its name, the wallet, the seq where it shows, what was found); no rows means that the books are right. Reads the whole ledger in one snapshot and blocks nobody. A wallet''s balance is what its last operation says, so it cannot tell that the last operations of a wallet are missing, unless they are transfers.';
+COMMENT ON FUNCTION wallet.verify() IS 'Audits the books: one row per broken invariant (its name, the wallet, the seq where it shows, what was found); no rows means that the books are right. Reads the whole ledger in one snapshot and blocks nobody. A wallet''s balance is what its last operation says, so it cannot tell that the last operations of a wallet are missing, unless they are transfers or concern holds.';
 
 
 --
@@ -1643,6 +2172,14 @@ ALTER TABLE ONLY public.schema_migrations
 
 
 --
+-- Name: hold hold_pkey; Type: CONSTRAINT; Schema: wallet; Owner: -
+--
+
+ALTER TABLE ONLY wallet.hold
+    ADD CONSTRAINT hold_pkey PRIMARY KEY (hold_uuid, wallet_uuid);
+
+
+--
 -- Name: operation operation_pkey; Type: CONSTRAINT; Schema: wallet; Owner: -
 --
 
@@ -1656,6 +2193,20 @@ ALTER TABLE ONLY wallet.operation
 
 ALTER TABLE ONLY wallet.wallet
     ADD CONSTRAINT wallet_pkey PRIMARY KEY (uuid);
+
+
+--
+-- Name: hold_expires_at_idx; Type: INDEX; Schema: wallet; Owner: -
+--
+
+CREATE INDEX hold_expires_at_idx ON wallet.hold USING btree (wallet_uuid, expires_at, seq) WHERE (expires_at IS NOT NULL);
+
+
+--
+-- Name: hold_seq_idx; Type: INDEX; Schema: wallet; Owner: -
+--
+
+CREATE UNIQUE INDEX hold_seq_idx ON wallet.hold USING btree (wallet_uuid, seq) WHERE (seq > 0);
 
 
 --
@@ -1694,4 +2245,8 @@ INSERT INTO public.schema_migrations (version) VALUES
     ('20261129000003'),
     ('20261129000004'),
     ('20261129000005'),
-    ('20261129000006');
+    ('20261129000006'),
+    ('20261129100001'),
+    ('20261129100002'),
+    ('20261129100003'),
+    ('20261129100004');

@@ -6,7 +6,8 @@ from uuid import UUID
 
 MAX = 2**63 - 1
 NIL = UUID(int=0)
-A, B, C, D = (UUID(f"{letter * 8}-0000-4000-8000-000000000000") for letter in "abcd")
+A, B, C, D, X, Y = (UUID(f"{letter * 8}-0000-4000-8000-000000000000") for letter in "abcdef")
+PAST, FUTURE = (datetime(year, 1, 1, tzinfo=UTC) for year in (2000, 2100))
 
 MESSAGES = {
     "WA402": "Not enough money",
@@ -14,11 +15,13 @@ MESSAGES = {
     "WA404": "Wallet not found",
     "WA405": "Wallet is closed",
     "WA409": "Transaction already exists",
+    "WA410": "Hold is closed",
     "WA414": "Operation not found",
     "WA416": "Balance out of range",
     "WA417": "Wallet is not empty",
     "WA419": "Wallet already exists",
     "WA422": "Currencies differ",
+    "WA424": "Hold not found",
     "WA425": "Another operation of the request was refused",
 }
 """What goes with each SQLSTATE. WA400 is not here: it says what is wrong with the argument."""
@@ -31,11 +34,13 @@ PROBLEMS = {
     "WA404": (404, "wallet_not_found"),
     "WA405": (400, "wallet_closed"),
     "WA409": (400, "duplicate_operation"),
+    "WA410": (400, "hold_closed"),
     "WA414": (404, "operation_not_found"),
     "WA416": (400, "balance_out_of_range"),
     "WA417": (400, "wallet_not_empty"),
     "WA419": (400, "wallet_exists"),
     "WA422": (400, "currency_mismatch"),
+    "WA424": (404, "hold_not_found"),
 }
 """The status and the code with which REST answers each SQLSTATE."""
 
@@ -46,7 +51,7 @@ class Request(NamedTuple):
     wallet: str
     operation: UUID
     type: str
-    amount: int
+    amount: int | None
     outcome: str | None = None
     counterparty: str | None = None
     hold: UUID | None = None
@@ -69,9 +74,11 @@ class Request(NamedTuple):
 
 
 class Case(NamedTuple):
-    """Wallets with what they hold at first, requests one after another, and what the wallets hold then.
+    """Wallets with their balances at first, requests one after another, and the balances then.
 
+    `holds`, `due`: HOLDs that are applied before the first request; those in `due` are past their expires_at by then.
     `currencies` and `statuses`: of wallets that have another than null and OPEN, from before the first request.
+    `held`: what the requests leave held, where that is not 0.
     Sent as one atomic batch, requests that are refused with others leave `wallets` as they were, and what is None here
     is WA425 there.
     """
@@ -82,6 +89,9 @@ class Case(NamedTuple):
     balances: dict[str, int]
     currencies: dict[str, str] = {}  # noqa: RUF012
     statuses: dict[str, str] = {}  # noqa: RUF012
+    holds: list[Request] = []  # noqa: RUF012
+    due: list[Request] = []  # noqa: RUF012
+    held: dict[str, int] = {}  # noqa: RUF012
 
 
 def deposit(wallet: str, operation: UUID, amount: int, outcome: str | None = None, **more: Any) -> Request:
@@ -96,6 +106,14 @@ def transfer(
     wallet: str, payee: str | None, operation: UUID, amount: int, outcome: str | None = None, **more: Any
 ) -> Request:
     return Request(wallet, operation, "TRANSFER", amount, outcome, payee, **more)
+
+
+def hold(wallet: str, operation: UUID, amount: int | None, outcome: str | None = None, **more: Any) -> Request:
+    return Request(wallet, operation, "HOLD", amount, outcome, **more)
+
+
+def release(wallet: str, operation: UUID, held: UUID | None, outcome: str | None = None, **more: Any) -> Request:
+    return Request(wallet, operation, "RELEASE", None, outcome, hold=held, **more)
 
 
 CASES = [
@@ -437,15 +455,390 @@ CASES = [
         [deposit("w", A, 1, "WA400", metadata=["a"]), deposit("nobody", B, 1, "WA400", metadata="a")],
         {"w": 0},
     ),
-    # Holds are not there yet
+    # Holds
     Case(
-        "nobody holds money",
-        {"w": 5},
+        "what is held is not available",
+        {"w": 100, "v": 0},
         [
-            Request("w", A, "HOLD", 5, "WA400"),
-            withdraw("w", B, 5, "WA400", hold=A),
-            deposit("w", C, 5, "WA400", expires_at=datetime(2100, 1, 1, tzinfo=UTC)),
+            hold("w", X, 60),
+            withdraw("w", A, 41, "WA402"),
+            transfer("w", "v", B, 41, "WA402"),
+            hold("w", Y, 41, "WA402"),
+            withdraw("w", C, 40),
         ],
-        {"w": 5},
+        {"w": 60, "v": 0},
+        held={"w": 60},
+    ),
+    Case(
+        "a hold may take everything and no more",
+        {"w": 100},
+        [hold("w", X, 101, "WA402"), hold("w", X, 100), hold("w", Y, 1, "WA402")],
+        {"w": 100},
+        held={"w": 100},
+    ),
+    Case("an empty wallet has nothing to hold", {"w": 0}, [hold("w", X, 1, "WA402")], {"w": 0}),
+    Case(
+        "a capture takes what is held",
+        {"w": 100},
+        [hold("w", X, 100), withdraw("w", A, 100, hold=X), withdraw("w", B, 1, "WA402")],
+        {"w": 0},
+    ),
+    Case(
+        "a capture of part gives the rest back",
+        {"w": 100},
+        [hold("w", X, 100), withdraw("w", A, 30, hold=X), withdraw("w", B, 71, "WA402"), withdraw("w", C, 70)],
+        {"w": 0},
+    ),
+    Case(
+        "a capture never takes more than its hold",
+        {"w": 100, "v": 0},
+        [hold("w", X, 60), withdraw("w", A, 61, "WA402", hold=X), transfer("w", "v", B, 61, "WA402", hold=X)],
+        {"w": 100, "v": 0},
+        held={"w": 60},
+    ),
+    Case(
+        "a transfer captures for any payee",
+        {"w": 100, "v": 0, "u": 0},
+        [
+            hold("w", X, 60),
+            hold("w", Y, 40),
+            transfer("w", "v", A, 50, hold=X),
+            transfer("w", "u", B, 40, hold=Y),
+            withdraw("v", C, 50),
+            withdraw("w", D, 10),
+        ],
+        {"w": 0, "v": 0, "u": 40},
+    ),
+    Case(
+        "a payee's holds stay",
+        {"w": 100, "v": 10},
+        [hold("v", X, 10), transfer("w", "v", A, 50), withdraw("v", B, 51, "WA402"), withdraw("v", C, 50)],
+        {"w": 50, "v": 10},
+        held={"v": 10},
+    ),
+    Case(
+        "a release gives all of it back",
+        {"w": 100},
+        [hold("w", X, 100), release("w", A, X), withdraw("w", B, 100)],
+        {"w": 0},
+    ),
+    Case(
+        "a captured hold is closed",
+        {"w": 600, "v": 0},
+        [
+            hold("w", X, 60),
+            withdraw("w", A, 10, hold=X),
+            withdraw("w", B, 10, "WA410", hold=X),
+            transfer("w", "v", C, 10, "WA410", hold=X),
+            release("w", D, X, "WA410"),
+        ],
+        {"w": 590, "v": 0},
+        holds=[hold("w", Y, 500)],
+        held={"w": 500},
+    ),
+    Case(
+        "a released hold is closed",
+        {"w": 600, "v": 0},
+        [
+            hold("w", X, 60),
+            release("w", A, X),
+            release("w", B, X, "WA410"),
+            withdraw("w", C, 10, "WA410", hold=X),
+            transfer("w", "v", D, 10, "WA410", hold=X),
+        ],
+        {"w": 600, "v": 0},
+        holds=[hold("w", Y, 500)],
+        held={"w": 500},
+    ),
+    Case(
+        "a hold that was there before has one end too",
+        {"w": 100},
+        [
+            release("w", A, X),
+            withdraw("w", B, 60, "WA410", hold=X),
+            withdraw("w", C, 30, hold=Y),
+            release("w", D, Y, "WA410"),
+        ],
+        {"w": 70},
+        holds=[hold("w", X, 60), hold("w", Y, 40)],
+    ),
+    Case(
+        "a capture before its hold finds none",
+        {"w": 100},
+        [withdraw("w", A, 60, "WA424", hold=X), hold("w", X, 60), withdraw("w", A, 60, hold=X)],
+        {"w": 40},
+    ),
+    Case(
+        "a release before its hold finds none",
+        {"w": 100},
+        [release("w", A, X, "WA424"), hold("w", X, 60), release("w", A, X), hold("w", Y, 100)],
+        {"w": 100},
+        held={"w": 100},
+    ),
+    Case(
+        "what is no hold is not found",
+        {"w": 100},
+        [
+            deposit("w", A, 5),
+            withdraw("w", B, 5, "WA424", hold=A),
+            release("w", C, A, "WA424"),
+            withdraw("w", D, 5, "WA424", hold=D),
+        ],
+        {"w": 105},
+    ),
+    Case(
+        "another wallet's hold is not found",
+        {"w": 100, "v": 100},
+        [
+            hold("w", X, 60),
+            withdraw("v", A, 5, "WA424", hold=X),
+            transfer("v", "w", B, 5, "WA424", hold=X),
+            release("v", C, X, "WA424"),
+            withdraw("w", D, 60, hold=X),
+            withdraw("v", A, 5, "WA424", hold=X),
+        ],
+        {"w": 40, "v": 100},
+    ),
+    Case(
+        "a refused hold is not found and may be tried again",
+        {"w": 0},
+        [
+            hold("w", X, 10, "WA402"),
+            release("w", A, X, "WA424"),
+            deposit("w", B, 10),
+            hold("w", X, 10),
+            release("w", A, X),
+        ],
+        {"w": 10},
+    ),
+    Case(
+        "a hold is made once",
+        {"w": 100, "v": 100},
+        [
+            hold("w", X, 60),
+            hold("w", X, 60, "WA409"),
+            hold("v", X, 60, "WA409"),
+            withdraw("w", A, 60, hold=X),
+            hold("w", X, 10, "WA409"),
+            deposit("v", X, 10, "WA409"),
+        ],
+        {"w": 40, "v": 100},
+    ),
+    Case(
+        "a repeated end exists",
+        {"w": 100},
+        [
+            hold("w", X, 60),
+            withdraw("w", A, 60, hold=X),
+            withdraw("w", A, 60, "WA409", hold=X),
+            withdraw("w", A, 61, "WA409", hold=X),
+            release("w", A, X, "WA409"),
+            hold("w", Y, 40),
+            release("w", B, Y),
+            release("w", B, Y, "WA409"),
+        ],
+        {"w": 40},
+    ),
+    Case(
+        "a capture under its hold's name exists",
+        {"w": 100},
+        [hold("w", X, 60), withdraw("w", X, 60, "WA409", hold=X), release("w", X, X, "WA409")],
+        {"w": 100},
+        held={"w": 60},
+    ),
+    Case(
+        "a hold and its capture and a fee",
+        {"w": 100, "v": 0, "fees": 0},
+        [hold("w", X, 100), transfer("w", "v", A, 95, hold=X), transfer("w", "fees", B, 5)],
+        {"w": 0, "v": 95, "fees": 5},
+    ),
+    Case(
+        "what is held counts for the range",
+        {"w": MAX, "v": 1},
+        [
+            hold("w", X, MAX),
+            deposit("w", A, 1, "WA416"),
+            transfer("v", "w", B, 1, "WA416"),
+            withdraw("w", C, MAX, hold=X),
+        ],
+        {"w": 0, "v": 1},
+    ),
+    Case(
+        "a payee's range goes after the hold's amount",
+        {"w": 10, "v": MAX},
+        [hold("w", X, 5), transfer("w", "v", A, 6, "WA402", hold=X), transfer("w", "v", A, 5, "WA416", hold=X)],
+        {"w": 10, "v": MAX},
+        held={"w": 5},
+    ),
+    Case(
+        "holds end and begin in turns",
+        {"w": 1},
+        [
+            hold("w", X, 1),
+            release("w", A, X),
+            hold("w", Y, 1),
+            withdraw("w", B, 1, hold=Y),
+            deposit("w", C, 2),
+            hold("w", D, 2, expires_at=FUTURE),
+        ],
+        {"w": 2},
+        held={"w": 2},
+    ),
+    Case(
+        "a frozen wallet holds and captures nothing and releases",
+        {"w": 100, "v": 0},
+        [
+            withdraw("w", A, 10, "WA403", hold=X),
+            transfer("w", "v", A, 10, "WA403", hold=X),
+            hold("w", B, 10, "WA403"),
+            release("w", C, X),
+            transfer("w", "v", D, 10, "WA403"),
+            deposit("w", A, 1),
+        ],
+        {"w": 101, "v": 0},
+        statuses={"w": "FROZEN"},
+        holds=[hold("w", X, 60)],
+    ),
+    Case(
+        "of several reasons concerning a hold the first in the table is told",
+        {"w": 100, "v": 0, "u": 0, "t": 0},
+        [
+            withdraw("nobody", A, 1, "WA404", hold=Y),
+            transfer("w", "nobody", A, 1, "WA404", hold=Y),
+            withdraw("t", A, 1, "WA424", hold=X),
+            release("t", A, X, "WA424"),
+            transfer("w", "t", A, 1, "WA424", hold=Y),
+            hold("t", A, 1, "WA410", expires_at=PAST),
+            hold("t", A, 1, "WA405"),
+            transfer("w", "t", A, 61, "WA405", hold=X),
+            transfer("w", "u", A, 61, "WA422", hold=X),
+            transfer("w", "v", A, 61, "WA402", hold=X),
+            hold("w", X, 1, "WA409", expires_at=PAST),
+            withdraw("v", X, 1, "WA409", hold=X),
+        ],
+        {"w": 100, "v": 0, "u": 0, "t": 0},
+        currencies={"u": "EUR"},
+        statuses={"t": "CLOSED"},
+        holds=[hold("w", X, 60)],
+        held={"w": 60},
+    ),
+    Case(
+        "a closed hold goes before a frozen wallet and a duplicate before both",
+        {"w": 100},
+        [
+            release("w", A, X),
+            withdraw("w", B, 1, "WA410", hold=X),
+            release("w", A, X, "WA409"),
+            withdraw("w", C, 1, "WA403"),
+        ],
+        {"w": 100},
+        statuses={"w": "FROZEN"},
+        holds=[hold("w", X, 60)],
+    ),
+    Case(
+        "an argument about a hold is good or refused",
+        {"w": 100, "v": 0},
+        [
+            hold("w", A, None, "WA400"),
+            hold("w", A, 0, "WA400"),
+            hold("w", A, -1, "WA400"),
+            hold("w", NIL, 1, "WA400"),
+            hold("w", A, 1, "WA400", hold=X),
+            hold("w", A, 1, "WA400", counterparty="v"),
+            release("w", A, None, "WA400"),
+            release("w", A, NIL, "WA400"),
+            release("w", A, X, "WA400", counterparty="v"),
+            release("w", A, X, "WA400", expires_at=FUTURE),
+            Request("w", A, "RELEASE", 60, "WA400", hold=X),
+            withdraw("w", A, 1, "WA400", hold=NIL),
+            deposit("w", A, 1, "WA400", hold=X),
+            deposit("w", A, 1, "WA400", expires_at=FUTURE),
+            withdraw("w", A, 1, "WA400", expires_at=FUTURE),
+            withdraw("w", A, 1, "WA400", hold=X, expires_at=FUTURE),
+            transfer("w", "v", A, 1, "WA400", expires_at=FUTURE),
+            Request("w", A, "EXPIRE", None, "WA400", hold=X),
+            Request("w", A, "CAPTURE", 1, "WA400", hold=X),
+            hold("nobody", A, 1, "WA404"),
+            hold("w", A, 40, metadata={"order": 1}),
+        ],
+        {"w": 100, "v": 0},
+        holds=[hold("w", X, 60)],
+        held={"w": 100},
+    ),
+    Case(
+        "metadata stands with holds and their ends",
+        {"w": 10, "v": 0},
+        [
+            hold("w", X, 5, metadata={"a": 1}),
+            hold("w", Y, 5, expires_at=FUTURE, metadata={}),
+            transfer("w", "v", A, 4, hold=X, metadata={"a": 2}),
+            release("w", B, Y, metadata={"a": 3}),
+        ],
+        {"w": 6, "v": 4},
+    ),
+    # Expiry
+    Case(
+        "a hold that is due when it is asked for is closed",
+        {"w": 10},
+        [hold("w", X, 5, "WA410", expires_at=PAST), hold("w", X, 5, expires_at=FUTURE)],
+        {"w": 10},
+        held={"w": 5},
+    ),
+    Case(
+        "a duplicate goes before a hold that is due",
+        {"w": 10},
+        [deposit("w", X, 5), hold("w", X, 5, "WA409", expires_at=PAST)],
+        {"w": 15},
+    ),
+    Case(
+        "what was held until now is available",
+        {"w": 100},
+        [withdraw("w", A, 101, "WA402"), withdraw("w", A, 100)],
+        {"w": 0},
+        due=[hold("w", X, 60), hold("w", Y, 40)],
+    ),
+    Case(
+        "a hold that is due can be held again",
+        {"w": 100},
+        [hold("w", A, 100), hold("w", X, 60, "WA409")],
+        {"w": 100},
+        due=[hold("w", X, 60)],
+        held={"w": 100},
+    ),
+    Case(
+        "a hold that is due has no other end",
+        {"w": 100, "v": 0},
+        [
+            withdraw("w", A, 60, "WA410", hold=X),
+            transfer("w", "v", A, 60, "WA410", hold=X),
+            release("w", A, X, "WA410"),
+            transfer("w", "v", B, 30),
+            withdraw("w", A, 60, "WA410", hold=X),
+            release("w", A, X, "WA410"),
+        ],
+        {"w": 70, "v": 30},
+        due=[hold("w", X, 60)],
+    ),
+    Case(
+        "of two holds the one that is due counts no longer",
+        {"w": 100},
+        [withdraw("w", A, 61, "WA402"), withdraw("w", A, 60), withdraw("w", B, 40, hold=Y)],
+        {"w": 0},
+        holds=[hold("w", Y, 40, expires_at=FUTURE)],
+        due=[hold("w", X, 60)],
+    ),
+    Case(
+        "a payee's hold that is due counts no longer",
+        {"w": 100, "v": 50},
+        [transfer("w", "v", A, 10), withdraw("v", B, 60)],
+        {"w": 90, "v": 0},
+        due=[hold("v", X, 50)],
+    ),
+    Case(
+        "a refusal leaves a hold that is due as it is",
+        {"w": 100},
+        [withdraw("w", A, 101, "WA402"), hold("w", A, 101, "WA402"), withdraw("w", B, 1, "WA424", hold=C)],
+        {"w": 100},
+        due=[hold("w", X, 60)],
     ),
 ]

@@ -122,6 +122,26 @@ def superuser(clone: Clone) -> Iterator[psycopg.Connection]:
         yield connection
 
 
+@pytest.fixture(scope="module")
+def shared_superuser(clone: Clone) -> Iterator[psycopg.Connection]:
+    """A superuser's connection to a database that a module's tests share."""
+    with clone() as connection:
+        yield connection
+
+
+@pytest.fixture(scope="module")
+def shared_service(shared_superuser: psycopg.Connection) -> Iterator[psycopg.Connection]:
+    """The connection of the service's login to that database."""
+    with psycopg.connect(url_of(shared_superuser, LOGIN), autocommit=True) as connection:
+        yield connection
+
+
+@pytest.fixture
+def emptied(shared_superuser: psycopg.Connection) -> None:
+    """Empty the shared database: cheaper than a new one, where a test leaves nothing but wallets and operations."""
+    shared_superuser.execute("truncate wallet.wallet, wallet.operation, wallet.hold restart identity")
+
+
 @pytest.fixture
 def database_url(superuser: psycopg.Connection) -> str:
     """The URI of this test's database for the service: a login that is a member of wallet_app and nothing else."""

@@ -222,6 +222,7 @@ async def test_a_released_version_s_database_is_migrated_and_rolled_back_under_i
     assert [row for row in after if row[0] not in WALLETS and row[4] != 7] == before
 
 
+[SWAP] = [number for number, path in enumerate(MIGRATIONS) if path.stem.endswith("_the_ledger_is_the_state")]
 IRREVERSIBLE = {
     "a transfer": "select wallet.apply_operation('savings', gen_random_uuid(), 'TRANSFER', 1, 'empty')",
     "metadata": "select wallet.apply_operation('savings', gen_random_uuid(), 'DEPOSIT', 1, p_metadata => '{\"a\": 1}')",
@@ -237,7 +238,8 @@ def test_what_the_schema_before_cannot_hold_is_not_rolled_back(what: str, restor
         connection.execute(IRREVERSIBLE[what].encode())
         before = money(connection)
 
-        dbmate(restored, "rollback")
+        for _ in MIGRATIONS[SWAP + 1 :]:
+            dbmate(restored, "rollback")
         with pytest.raises(subprocess.CalledProcessError) as refused:
             dbmate(restored, "rollback")
 

@@ -16,41 +16,45 @@ import asyncpg
 from aiohttp import web
 from asyncpg.connect_utils import SessionAttribute
 
-from app.calls.records import Balance, Operation, Wallet, as_json, balance_of, operation_of
+from app.calls.records import Balance, Hold, Operation, Wallet, as_json, balance_of, hold_of, operation_of
 from app.calls.refusals import NO_ANSWER, Refusal
 from app.metrics import POOL_IN_USE
 from app.settings import Settings
 
-CONTRACT = 3
+CONTRACT = 4
 """The least wallet.contract_version() that this service works with."""
 
 OPERATION = as_json(Operation)
 """The SQL expression of a row of wallet.operation as JSON."""
 _BALANCE = as_json(Balance)
+_HOLD = as_json(Hold)
 
 CONNECT_TIMEOUT = 5.0
 """Seconds until an attempt to connect is given up."""
 FIRST_ATTEMPT = 0.5
 """The part of a deadline that a first attempt may take: a connection that goes nowhere leaves time for a second one."""
 LEAD = 0.05
-"""The part of a deadline by which a call is given up before it: room for clock skew."""
+"""The part of a deadline that is left when a call is given up: room for clock skew."""
 IDLE = 10.0
-"""Seconds after which a connection that nobody needs is given back."""
+"""Seconds after which a connection that nobody needs is closed."""
 
 _log = logging.getLogger("wallet")
 
 
 _HARMLESS = ("40001", "40P01", "55P03", "57014")
+"""SQLSTATEs after which the session can be used again: the statement gave way to another one, or was too late."""
 _PASSING = ("25", "40", "53", "55P03", "57", "58")
+"""What the SQLSTATEs of errors begin with that time may mend."""
 _LOST = ("08", "XX")
+"""Classes of SQLSTATEs that don't say whether the statement took effect."""
 
 
 async def connect(url: str, deadline: float, name: str = "wallet", *, lock_timeout: float = 0) -> Any:
     """Connect to PostgreSQL; where the URL names several hosts, to the one that takes writes.
 
-    The server ends a statement after `deadline` seconds by itself, so that none whose caller is gone holds a lock or a
-    connection for ever, and a wait for a lock after `lock_timeout` seconds (0: not). A commit is on disk before it is
-    answered, and statements see what was committed before them, whatever the role or the database have set.
+    The server itself ends a statement after `deadline` seconds, so that none whose caller is gone holds a lock or a
+    connection for ever, and a wait for a lock after `lock_timeout` seconds (0: never). Whatever the role or the
+    database have set, a commit is on disk before it is answered, and the isolation level is read committed.
     `name` is what pg_stat_activity calls the session.
     """
     connection = await asyncpg.connect(
@@ -97,17 +101,17 @@ def _names_several_hosts(url: str) -> bool:
 
 
 def session_survives(error: BaseException) -> bool:
-    """Tell whether the session is good after an error: the statement was refused, or gave way to another one."""
+    """Tell whether the session is good after an error: the statement was refused, gave way, or was too late."""
     return isinstance(error, Refusal) or (_is_answer(error) and error.sqlstate in _HARMLESS)
 
 
 def nothing_changed(error: BaseException) -> bool:
-    """Tell whether an error was the answer to a statement, which the database then took back, or was never sent."""
+    """Tell whether an error shows that a statement had no effect: the database rolled it back, or it was never sent."""
     return isinstance(error, asyncpg.DataError) or _is_answer(error)
 
 
 def is_passing(error: BaseException) -> bool:
-    """Tell whether the same call may do better later: the database is away, full, busy, or read-only for a while."""
+    """Tell whether the same call may succeed later: the database is away, full, busy, or read-only for a while."""
     return not nothing_changed(error) or (_is_answer(error) and str(error.sqlstate).startswith(_PASSING))
 
 
@@ -120,7 +124,7 @@ def _is_answer(error: BaseException) -> TypeGuard[asyncpg.PostgresError]:
 
 
 def pauses() -> Iterator[float]:
-    """Yield the seconds between attempts: 20 ms at first, twice as many each time up to 250, give or take a half."""
+    """Yield the seconds between attempts: 20 ms at first, doubled each time up to 250 ms, give or take a half."""
     seconds = 0.02
     while True:
         yield seconds * random.uniform(0.5, 1.5)
@@ -128,10 +132,10 @@ def pauses() -> Iterator[float]:
 
 
 class Pool:
-    """Connections for reads and for creating wallets, lent in the order in which they are asked for.
+    """Connections for reads, new wallets and statuses, lent in the order in which they are asked for.
 
     asyncpg's own pool lets newcomers overtake those who wait, and holds a caller who gives up until the server has
-    answered. Here a connection is dropped unless its session is known to go on.
+    answered. Here a connection is closed unless its session is known to be good.
     """
 
     def __init__(self, url: str, size: int, deadline: float) -> None:
@@ -354,6 +358,17 @@ async def list_operations(
         if more and start is not None:
             more = bool(await pool.fetch(query, wallet_uuid, operations[-1].seq, 1, start, end))
         return operations, more
+
+
+async def list_holds(pool: Pool, wallet_uuid: str, after: int | None, limit: int) -> tuple[list[Hold], bool]:
+    """Return a wallet's open holds with a seq above `after`, oldest first, and whether there are more.
+
+    Raises Refusal: WA400, WA404.
+    """
+    query = f"select {_HOLD} from wallet.list_holds($1, $2, $3)"
+    async with asyncio.timeout(pool.deadline):
+        holds = [hold_of(row[0]) for row in await pool.fetch(query, wallet_uuid, after, limit)]
+        return holds, len(holds) == limit and bool(await pool.fetch(query, wallet_uuid, holds[-1].seq, 1))
 
 
 def _balance(rows: list[asyncpg.Record]) -> Balance:

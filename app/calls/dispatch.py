@@ -18,11 +18,11 @@ BULK_LINES = 2
 SIDING_LINES = 1
 """Connections for wallets in trouble in each worker."""
 BULK_PATIENCE = 2
-"""Times that a bulk call waits for locks as long as others do: what it waits for may be another bulk call."""
+"""How many times as long as other calls a bulk call waits for locks: it may wait for another bulk call."""
 SIDING_PATIENCE = 2.5
-"""Times that a call of the siding waits for a lock as long as others do: a wallet may be in the hands of long calls."""
+"""How many times as long as other calls one of the siding waits for a lock: long calls may keep a wallet."""
 SIDING_SHARE = 100
-"""Parts, with no wallet in common, in which a bulk request may wait on the siding; the rest is not applied at once."""
+"""Parts, with no wallet in common, in which a bulk request may wait on the siding; the rest is 55P03 at once."""
 BULK_HEADROOM = 2 * HEADROOM
 """The part of a deadline that bulk requests have before them: their calls wait longer for locks."""
 

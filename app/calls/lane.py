@@ -12,8 +12,8 @@ once it carries as much, or after a moment. An atomic one goes alone.
 
 A wallet that somebody keeps locked delays the call that meets it by a lock_timeout, and one to which the database
 refuses something has its call made again in parts. From then on its requests wait on the siding, and one of them at a
-time is tried in a call apart from the lanes, until that has had an outcome of ours. A transfer goes there if either of
-its wallets is in trouble.
+time is tried in a call apart from the lanes, until one is applied or refused by the rules of the contract. A transfer
+goes there if either of its wallets is in trouble.
 """
 
 import asyncio
@@ -241,9 +241,9 @@ class Lane:
 
 
 class Siding(Lane):
-    """Requests for wallets that are in trouble: a single client's for each such wallet in one call.
+    """The lane for wallets that are in trouble. For each of them, one call takes the requests of a single client.
 
-    A call with such a request costs its fellows some time. Those that were tried go behind those that were not: a
+    A request for such a wallet delays the others in its call. Those that were tried go behind those that were not: a
     transfer that waits for a locked wallet must not keep its other wallet from showing that it is free.
     """
 

@@ -31,7 +31,7 @@ LOCK_TIMEOUT = 0.2
 LOCK_SHARE = 0.03
 """The part of a deadline that this takes, at most."""
 LEAST_ATTEMPT = 0.2
-"""The part of a deadline that every attempt may take, if there is so much: it has to wait for locks, too."""
+"""The part of a deadline that every attempt may take, as far as it is left: it has to wait for locks, too."""
 CLOCK_AGE = 5.0
 """Seconds after which the database's clock is read again."""
 _DECIDED = "sqlstate, message, same_request, balance_after, held_after, seq"
@@ -50,30 +50,33 @@ from wallet.apply_operation($1, $2, $3, $4, p_not_after => $5)
 _APPLY_WHOLE = f"""
 select {_DECIDED}, case when seq is not null then {OPERATION} end
 from wallet.apply_operations(
-  $1::text::text[], $2, $3::text::text[], $4, $5::text::text[],
-  p_metadata => $6::text[]::jsonb[], p_atomic => $7, p_not_after => $8
+  $1::text::text[], $2, $3::text::text[], $4, $5::text::text[], $6, $7::text[]::timestamptz[],
+  $8::text[]::jsonb[], $9, $10
 )
 """
 
 _APPLY_ONE_WHOLE = f"""
 select {_APPLIED}, {OPERATION}
-from wallet.apply_operation($1, $2, $3, $4, $5, p_metadata => $6::text::jsonb, p_not_after => $7)
+from wallet.apply_operation($1, $2, $3, $4, $5, $6, $7::text::timestamptz, $8::text::jsonb, $9)
 """
 
 _log = logging.getLogger("wallet")
 
 
 class Request(NamedTuple):
-    """One operation to apply. `amount` is in minor units, `metadata` is the text of a JSON value.
+    """One operation to apply: the arguments of wallet.apply_operation, in their order.
 
-    `whole`: the outcome has the operation, also where it is applied.
+    `amount` is in minor units, `expires_at` is RFC 3339, `metadata` is the text of a JSON value. `whole`: the outcome
+    has the operation, also where it is applied.
     """
 
     wallet_uuid: str
     operation_uuid: UUID
     operation_type: str
-    amount: int
+    amount: int | None
     counterparty_uuid: str | None = None
+    hold_uuid: UUID | None = None
+    expires_at: str | None = None
     metadata: str | None = None
     whole: bool = False
 
@@ -84,15 +87,19 @@ class Request(NamedTuple):
         return self.wallet_uuid, self.counterparty_uuid
 
     def is_plain(self) -> bool:
-        """Tell whether it needs only what every operation has."""
-        return self.counterparty_uuid is None and self.metadata is None and not self.whole
+        """Tell whether it has only what a deposit has."""
+        return self[4:] == _PLAIN
+
+
+_PLAIN = (None, None, None, None, False)
 
 
 class Outcome(NamedTuple):
     """What came of a request: a row of wallet.apply_operations.
 
-    `sqlstate` and `message` are None for an applied one. A duplicate carries the recorded operation, as JSON, if it
-    belongs to the same wallet, and whether that is the very same request; otherwise the rest is None.
+    `sqlstate` and `message` are None for an applied one, which has its operation, as JSON, if the request is `whole`.
+    A duplicate has the recorded operation if it belongs to the same wallet, and whether that is the very same request.
+    Otherwise the rest is None.
     """
 
     sqlstate: str | None
@@ -104,7 +111,7 @@ class Outcome(NamedTuple):
     operation: str | None
 
     def is_ours(self) -> bool:
-        """Tell whether it was applied, or refused by the rules of the contract: by no lock and no error of another."""
+        """Tell whether it was applied, or refused by the contract's rules, not by a lock or by PostgreSQL itself."""
         return self.sqlstate is None or self.sqlstate.startswith("WA")
 
     def is_locked(self) -> bool:
@@ -147,9 +154,9 @@ class Line:
     ) -> list[Outcome]:
         """Apply requests in one call and return their outcomes, in order, once they are committed.
 
-        Tries until the database gives a definite answer. Raises TimeoutError at the last moment, on the loop's clock:
-        the outcome is then unknown, which may be found out a LEAD later. `again`: the requests were in a call that
-        was given up, just before. `atomic`: all of them or none.
+        Tries until the database gives a definite answer. Raises TimeoutError at `last` (on the loop's clock), or up to
+        LEAD of a deadline later, while the abandoned backend is ended: the outcome is then unknown. `again`: the
+        requests were in the call before, which was given up. `atomic`: all of them or none.
         """
         if not again:
             self._lost = False
@@ -172,7 +179,7 @@ class Line:
     async def _apply(
         self, requests: Sequence[Request], last: float, own: set[UUID], atomic: bool = False
     ) -> list[Outcome]:
-        """Make a call until it has an answer. What is refused as a whole is refused to some request of it: to which?
+        """Make a call until it has an answer; in halves, down to the culprit, if the database refuses it as a whole.
 
         `own`: the operations that earlier parts of the same call have applied, if it is made in parts.
         """
@@ -228,7 +235,7 @@ class Line:
         try:
             if len(requests) == 1:  # the shorter way for a lone client
                 [request] = requests
-                query, arguments = (_APPLY_ONE, request[:4]) if request.is_plain() else (_APPLY_ONE_WHOLE, request[:6])
+                query, arguments = (_APPLY_ONE, request[:4]) if request.is_plain() else (_APPLY_ONE_WHOLE, request[:8])
                 try:
                     return [Outcome._make(await self._connection.fetchrow(query, *arguments, last_there))]
                 except asyncpg.LockNotAvailableError:
@@ -237,14 +244,13 @@ class Line:
                     if not isinstance(error, Refusal) and is_passing(error):
                         raise
                     # the array function explains it
-            wallets, operations, types, amounts, counterparties, metadata, whole = zip(*requests, strict=True)
+            wallets, operations, types, amounts, counterparties, *others, whole = zip(*requests, strict=True)
             query = _APPLY
             columns: list[object] = [_literal(wallets), operations, _literal(types), amounts]
-            plain = not (any(counterparties) or any(metadata) or any(whole))
-            if atomic or not plain:
+            optional = [column if any(column) else None for column in (counterparties, *others)]
+            if atomic or any(optional) or any(whole):
                 query = _APPLY_WHOLE
-                columns += [None, None] if plain else [_literal_or_null(counterparties), metadata]
-                columns.append(atomic)
+                columns += [optional[0] and _literal_or_null(counterparties), *optional[1:], atomic]
             return [Outcome._make(row) for row in await self._connection.fetch(query, *columns, last_there)]
         except BaseException as error:
             if not session_survives(error):

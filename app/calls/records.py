@@ -47,6 +47,16 @@ class Operation(msgspec.Struct, frozen=True, omit_defaults=True):
     metadata: dict[str, Any] | None = None
 
 
+class Hold(msgspec.Struct, frozen=True):
+    """An open hold as clients see it. Money is in minor units, times are RFC 3339 in UTC."""
+
+    hold_uuid: UUID
+    seq: int
+    amount: int
+    expires_at: str | None
+    created_at: str
+
+
 def as_json(shape: type[msgspec.Struct]) -> str:
     """Return the SQL expression of a row as a JSON object with the members of a shape.
 
@@ -63,4 +73,5 @@ def _number(text: str) -> Raw:
 
 
 balance_of = msgspec.json.Decoder(Balance).decode
+hold_of = msgspec.json.Decoder(Hold).decode
 operation_of = msgspec.json.Decoder(Operation, float_hook=_number).decode

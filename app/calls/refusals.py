@@ -1,4 +1,4 @@
-"""What can come of a call but its rows: what the functions in db/ refuse, and errors that are no answer."""
+"""What a call may raise: what the functions in db/ refuse, and errors that are no answer."""
 
 import asyncpg
 
@@ -25,7 +25,7 @@ DATABASE_REFUSED = (503, "database_refused")
 
 
 class Refusal(asyncpg.PostgresError):
-    """A function in db/ refused its arguments: a definite answer, nothing was changed."""
+    """A function in db/ refused the call: a definite answer, nothing was changed."""
 
     after_a_lost_attempt = False
     """Whether an attempt of the same call was lost before: it may have done what is now refused."""
@@ -39,7 +39,7 @@ LOCKED = "Wallet is locked by another transaction: not applied"
 NO_ANSWER = (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError)
 """What asyncpg raises if a connection cannot be had or was lost: whether a call took effect is unknown."""
 NO_SUCCESS = (asyncpg.PostgresError, *NO_ANSWER)
-"""Whatever can come of a call but its rows."""
+"""Whatever a call may raise."""
 
 for _sqlstate in REFUSALS:  # asyncpg raises the class that declares the SQLSTATE
     if _sqlstate.startswith("WA"):
@@ -52,4 +52,4 @@ def code_of(sqlstate: str) -> str:
 
 
 class Overloaded(Exception):
-    """Too much waits already: this was not sent, and is right to be asked for again later."""
+    """Too many requests wait already: this one was not sent, and may be tried again later."""

@@ -22,7 +22,7 @@ MIB = 1024 * 1024
 
 OPERATION_TYPES = get_args(OperationType)
 """The types of operations that clients ask for."""
-NOT_OF_OPERATIONS = ("WA414", "WA419", "WA417", "WA424", "WA410")
+NOT_OF_OPERATIONS = ("WA414", "WA419", "WA417")
 """What is refused to other requests only."""
 OUTCOMES = (
     "applied",
@@ -44,6 +44,7 @@ def make_app(settings: Settings) -> web.Application:
         web.put("/api/v1/wallets/{wallet_uuid}/operations/{operation_uuid}", handlers.put_operation),
         web.get("/api/v1/wallets/{wallet_uuid}/operations/{operation_uuid}", handlers.get_operation),
         web.get("/api/v1/wallets/{wallet_uuid}/operations", handlers.list_operations),
+        web.get("/api/v1/wallets/{wallet_uuid}/holds", handlers.list_holds),
         web.get("/api/v1/wallets/{wallet_uuid}/balance", handlers.get_balance),
         web.get("/api/v1/wallets/{wallet_uuid}", handlers.get_wallet),
         web.put("/api/v1/wallets/{wallet_uuid}", handlers.put_wallet),
@@ -67,7 +68,7 @@ def make_app(settings: Settings) -> web.Application:
 
 
 async def expect(_request: web.Request) -> None:
-    """Leave an expectation to what comes after the router: nobody is told to go on who is to be refused."""
+    """Don't answer `Expect: 100-continue` in the router: a client whose request is refused is not told to go on."""
 
 
 def guarded(handler: Handler, check_origin: Callable[[web.Request], None]) -> Handler:
@@ -75,7 +76,7 @@ def guarded(handler: Handler, check_origin: Callable[[web.Request], None]) -> Ha
 
     The contract's order is the protocol, the route, whose page asks, the form. The body comes later.
     """
-    has_query = handler in (handlers.list_operations, handlers.list_wallets, handlers.get_balance)
+    has_query = handler in (handlers.list_operations, handlers.list_holds, handlers.list_wallets, handlers.get_balance)
 
     async def enter(request: web.Request) -> web.StreamResponse:
         check_origin(request)

@@ -12,7 +12,7 @@ JSON = "application/json"
 BODY_LIMIT = 64 * 1024
 """Bytes of a request body, at most."""
 BULK_BODY_LIMIT = 4 * 1024 * 1024
-"""Bytes of the body of a bulk request, at most: room for 10,000 operations with the longest names."""
+"""Bytes of the body of a bulk request, at most: room for 10,000 operations with the longest names and no metadata."""
 BODY_TIMEOUT = 5.0
 """Seconds that a client has to begin with its body, and to go on with it."""
 BODY_RATE = 4096

@@ -14,6 +14,8 @@ from app.calls.refusals import NO_SUCCESS, Refusal, code_of
 from app.web.body import BULK_BODY_LIMIT, receive_body
 from app.web.messages import (
     Applied,
+    HoldPage,
+    Holds,
     Moment,
     NewOperation,
     NewOperations,
@@ -28,6 +30,7 @@ from app.web.messages import (
     Wallets,
     WalletTerms,
     decode_body,
+    decoder,
     metadata_text,
     operation_uuid,
     read_body,
@@ -42,12 +45,12 @@ TURNS = web.AppKey("turns", Turns)
 READY_TIMEOUT = 2.0
 """Seconds that the database has to answer a readiness check."""
 
-_new_wallet = msgspec.json.Decoder(NewWallet)
-_wallet_terms = msgspec.json.Decoder(WalletTerms)
-_new_status = msgspec.json.Decoder(NewStatus)
-_new_operation = msgspec.json.Decoder(NewOperation)
-_terms = msgspec.json.Decoder(Terms)
-_new_operations = msgspec.json.Decoder(NewOperations)
+_new_wallet = decoder(NewWallet)
+_wallet_terms = decoder(WalletTerms)
+_new_status = decoder(NewStatus)
+_new_operation = decoder(NewOperation)
+_terms = decoder(Terms)
+_new_operations = decoder(NewOperations)
 
 
 async def create_wallet(request: web.Request) -> web.Response:
@@ -137,6 +140,13 @@ async def get_operation(request: web.Request) -> web.Response:
     return respond(await database.get_operation(request.app[POOL], wallet_uuid(request), operation_uuid(request)))
 
 
+async def list_holds(request: web.Request) -> web.Response:
+    """GET /api/v1/wallets/{wallet_uuid}/holds"""
+    page = read_query(request.query, HoldPage)
+    holds, more = await database.list_holds(request.app[POOL], wallet_uuid(request), page.after, page.limit)
+    return respond(Holds(holds, holds[-1].seq if more else None))
+
+
 async def healthz(_request: web.Request) -> web.Response:
     """GET /healthz: the process lives."""
     return respond({"status": "ok"})
@@ -157,8 +167,16 @@ async def readyz(request: web.Request) -> web.Response:
 
 
 def _request(wallet: str, operation: UUID, terms: Terms) -> Request:
-    metadata = metadata_text(terms.metadata)
-    return Request(wallet, operation, terms.operation_type, terms.amount, terms.counterparty_uuid, metadata)
+    return Request(
+        wallet,
+        operation,
+        terms.operation_type,
+        terms.amount,
+        terms.counterparty_uuid,
+        terms.hold_uuid,
+        terms.expires_at,
+        metadata_text(terms.metadata),
+    )
 
 
 def _requests(body: bytes | bytearray) -> tuple[list[Request], bool]:

@@ -4,14 +4,14 @@ import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from decimal import Decimal
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from uuid import UUID
 
 import msgspec
 from aiohttp import web
 from msgspec import UNSET, Raw, UnsetType
 
-from app.calls.records import Balance, Operation
+from app.calls.records import Balance, Hold, Operation
 from app.web.body import BODY_LIMIT, JSON, check_content_type, receive_body
 from app.web.problems import invalid, invalid_input
 
@@ -21,14 +21,20 @@ WalletUuid = Annotated[str, msgspec.Meta(pattern=_NAME)]
 _is_name = re.compile(_NAME).match
 Amount = Annotated[int, msgspec.Meta(ge=1, le=MAX_INT64)]
 Currency = Annotated[str, msgspec.Meta(pattern=r"\A[A-Z0-9]{3,12}\Z")]
-OperationType = Literal["DEPOSIT", "WITHDRAW", "TRANSFER"]
+OperationType = Literal["DEPOSIT", "WITHDRAW", "TRANSFER", "HOLD", "RELEASE"]
+Seq = Annotated[int, msgspec.Meta(ge=1, le=MAX_INT64)]
 Limit = Annotated[int, msgspec.Meta(ge=1, le=1000)]
 METADATA_LIMIT = 2048
 """Octets of metadata, at most, as SQL shows it."""
 NO_METADATA = '"none"'
-"""Stands for metadata that jsonb cannot hold: SQL refuses what is no object to its own request."""
+"""Stands for metadata that jsonb cannot hold: SQL refuses it, as it is no object, to this request alone."""
 
 T = TypeVar("T")
+Q = TypeVar("Q", bound="NoQuery")
+
+
+class Time(str):
+    """A time in a body, as text in UTC: asyncpg sends the first and the last datetime as -infinity and infinity."""
 
 
 class NewWallet(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -51,11 +57,16 @@ class NewStatus(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Terms(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What every request for an operation has: the body under the operation's own path. `amount` is in minor units."""
+    """What every request for an operation has: the body under the operation's own path. `amount` is in minor units.
+
+    SQL decides which members a type needs and which it may have.
+    """
 
     operation_type: OperationType
-    amount: Amount
+    amount: Amount | None = None
     counterparty_uuid: WalletUuid | None = None
+    hold_uuid: UUID | None = None
+    expires_at: Time | None = None
     metadata: dict[str, Raw] | None = None
 
 
@@ -79,18 +90,23 @@ class NewOperations(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class NoQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The query of everything but a list."""
+    """The query without parameters, and what every query has: the names of its numbers and of its times."""
+
+    numbers: ClassVar[tuple[str, ...]] = ()
+    times: ClassVar[tuple[str, ...]] = ()
 
 
-class Moment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Moment(NoQuery, frozen=True, forbid_unknown_fields=True):
     """The query of a balance: now, or as it was at a moment."""
 
+    times = ("at",)
     at: datetime | None = None
 
 
-class WalletPage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class WalletPage(NoQuery, frozen=True, forbid_unknown_fields=True):
     """The query of a list of wallets: at most `limit` with a name after this one."""
 
+    numbers = ("limit",)
     limit: Limit = 100
     after: WalletUuid | None = None
 
@@ -102,11 +118,13 @@ class Wallets(msgspec.Struct, frozen=True):
     next: str | None
 
 
-class Page(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Page(NoQuery, frozen=True, forbid_unknown_fields=True):
     """The query of a statement: at most `limit` operations with a seq below `before`, from `start` to before `end`."""
 
+    numbers = ("limit", "before")
+    times = ("from", "to")
     limit: Limit = 100
-    before: Annotated[int, msgspec.Meta(ge=1, le=MAX_INT64)] | None = None
+    before: Seq | None = None
     start: datetime | None = msgspec.field(default=None, name="from")
     end: datetime | None = msgspec.field(default=None, name="to")
 
@@ -115,6 +133,21 @@ class OperationPage(msgspec.Struct, frozen=True):
     """Operations, newest first, and the `before` of the next page (None: there is none)."""
 
     operations: list[Operation]
+    next: int | None
+
+
+class HoldPage(NoQuery, frozen=True, forbid_unknown_fields=True):
+    """The query of a list of holds: at most `limit` with a seq above `after`."""
+
+    numbers = ("limit", "after")
+    limit: Limit = 100
+    after: Seq | None = None
+
+
+class Holds(msgspec.Struct, frozen=True):
+    """Open holds, oldest first, and the `after` of the next page (None: there is none)."""
+
+    holds: list[Hold]
     next: int | None
 
 
@@ -146,6 +179,19 @@ class Results(msgspec.Struct, frozen=True):
     """The outcomes of a bulk request, in the order of its operations."""
 
     results: list[Applied | Refused]
+
+
+def decoder(shape: type[T]) -> msgspec.json.Decoder[T]:
+    """Return a decoder of bodies."""
+    return msgspec.json.Decoder(shape, dec_hook=_time)
+
+
+def _time(_shape: type, value: Any) -> Time:
+    """Decode the one type that msgspec does not know, Time. Raises ValueError."""
+    try:
+        return Time(instant(value).isoformat())
+    except OverflowError:
+        raise ValueError("must be in the years 1 to 9999") from None
 
 
 async def read_body(request: web.Request, decoder: msgspec.json.Decoder[T], limit: int = BODY_LIMIT) -> T:
@@ -217,8 +263,8 @@ _list = msgspec.json.Decoder(list[dict[str, Raw]]).decode
 def metadata_text(metadata: dict[str, Raw] | None) -> str | None:
     """Return metadata for SQL, which decides whether it is good: None for null and for an empty one.
 
-    What jsonb cannot hold at all (section 8.14 of PostgreSQL's manual), SQL is not shown: it would refuse everything
-    that shares the call.
+    What jsonb cannot hold at all (section 8.14 of PostgreSQL's manual) is not sent: it would fail everything that
+    shares the call.
     """
     if not metadata:
         return None
@@ -250,41 +296,49 @@ def check_query(request: web.Request) -> None:
         read_query(request.query, NoQuery)
 
 
-def read_query(query: Mapping[str, str], shape: type[T]) -> T:
+def read_query(query: Mapping[str, str], shape: type[Q]) -> Q:
     """Decode a request's query; a number is plain digits. Raises Problem (400), also for what stands there twice."""
     values: dict[str, int | str | datetime] = {}
     for name, text in query.items():
         if name in values:
             raise invalid(["query", name], "Repeated parameter")
-        if name in _NUMBERS and re.fullmatch("[0-9]{1,19}", text):
+        if name in shape.numbers and re.fullmatch("[0-9]{1,19}", text):
             values[name] = int(text)
         else:
-            values[name] = read_time(name, text) if name in _TIMES else text
+            values[name] = read_time(name, text) if name in shape.times else text
     try:
         return msgspec.convert(values, shape)
     except msgspec.ValidationError as error:
         raise invalid_input("query", error) from None
 
 
-_NUMBERS = ("limit", "before")
-_TIMES = ("at", "from", "to")
 _is_time = re.compile(r"\d{4}-\d\d-\d\d[Tt]\d\d:\d\d:\d\d(\.\d{1,6})?([Zz]|[+-]\d\d:\d\d)", re.ASCII).fullmatch
 
 
 def read_time(name: str, text: str) -> datetime:
-    """Return a time of a query (RFC 3339, with an offset, at most six decimals) in UTC. Raises Problem (400).
+    """Return a time of a query. Raises Problem (400).
 
-    One that is in another year in UTC, 0 or 10000, is the first or the last that there is.
+    One whose year in UTC is 0 or 10000 becomes the first or the last time that Python has.
     """
     try:
-        if _is_time(text):
-            return msgspec.convert(text, datetime).astimezone(UTC)
+        return instant(text)
     except OverflowError:
         return (datetime.min if text.startswith("0001") else datetime.max).replace(tzinfo=UTC)
+    except ValueError as error:
+        raise invalid(["query", name], f"{name} {error} (whose + is %2B in a URL)") from None
+
+
+def instant(text: object) -> datetime:
+    """Return a time (RFC 3339, with an offset, at most six decimals) in UTC.
+
+    Raises ValueError, and OverflowError for one whose year in UTC is 0 or 10000.
+    """
+    try:
+        if isinstance(text, str) and _is_time(text):
+            return msgspec.convert(text, datetime).astimezone(UTC)
     except msgspec.ValidationError:
         pass
-    message = "must be a time like 2026-11-29T12:00:00.123456Z, with an offset (whose + is %2B in a URL)"
-    raise invalid(["query", name], f"{name} {message}")
+    raise ValueError("must be a time like 2026-11-29T12:00:00.123456Z, with an offset")
 
 
 def wallet_uuid(request: web.Request) -> str:

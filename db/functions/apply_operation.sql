@@ -3,6 +3,7 @@
 -- the unique index decides. The last rows are read by statements of their own, which see what the lock waited for.
 -- The state is checked before the duplicate because that is the order that costs a good operation
 -- nothing; an operation that was applied and is sent again must hear that it exists, so the failing paths look for it.
+-- Where something is held, or is to be, apply_operations does it.
 -- A plain insert whose unique_violation is caught costs less than one that is on conflict do nothing.
 -- Sequential scans are off, here and in what reads: a session keeps a plan that it made while the ledger was empty.
 create or replace function wallet.apply_operation(
@@ -27,6 +28,7 @@ declare
   );
   v_status text;
   v_balance bigint;
+  v_held bigint;
   v_seq bigint;
   v_last timestamptz;
   v_now timestamptz;
@@ -35,6 +37,7 @@ declare
   v_payee_status text;
   v_payee_currency text;
   v_payee_balance bigint;
+  v_payee_held bigint;
   v_payee_seq bigint;
   v_payee_last timestamptz;
   v_missed text[] := '{}';
@@ -46,6 +49,10 @@ begin
     perform wallet.raise_isolation_level();
   elsif v_fault is not null then
     raise sqlstate 'WA400' using message = v_fault;
+  elsif p_operation_type = 'HOLD' or p_hold_uuid is not null then
+    return wallet.apply_request(
+      p_wallet_uuid, p_operation_uuid, p_operation_type, p_amount, p_counterparty_uuid, p_hold_uuid, p_expires_at, p_metadata, p_not_after
+    );
   end if;
 
   begin
@@ -62,8 +69,8 @@ begin
       into v_status, v_currency, v_payee_status, v_payee_currency, v_missed
       from wallet.lock_wallets(array[p_wallet_uuid, p_counterparty_uuid]) as l;
 
-      select o.balance_after, o.seq, o.created_at
-      into v_payee_balance, v_payee_seq, v_payee_last
+      select o.balance_after, o.held_after, o.seq, o.created_at
+      into v_payee_balance, v_payee_held, v_payee_seq, v_payee_last
       from wallet.operation as o
       where o.wallet_uuid = p_counterparty_uuid
       order by o.seq desc
@@ -77,12 +84,18 @@ begin
       raise lock_not_available;
     end if;
 
-    select o.balance_after, o.seq, o.created_at
-    into v_balance, v_seq, v_last
+    select o.balance_after, o.held_after, o.seq, o.created_at
+    into v_balance, v_held, v_seq, v_last
     from wallet.operation as o
     where o.wallet_uuid = p_wallet_uuid
     order by o.seq desc
     limit 1;
+
+    if v_held > 0 or v_payee_held > 0 then
+      return wallet.apply_request(
+        p_wallet_uuid, p_operation_uuid, p_operation_type, p_amount, p_counterparty_uuid, p_hold_uuid, p_expires_at, p_metadata, p_not_after
+      );
+    end if;
 
     v_balance := coalesce(v_balance, 0);
     v_now := greatest(clock_timestamp(), v_last, v_payee_last);
@@ -147,11 +160,14 @@ $$;
 
 comment on function wallet.apply_operation(text, uuid, text, bigint, text, uuid, timestamptz, jsonb, timestamptz) is
   'Applies one operation exactly once and returns its row; for a transfer, the payer''s. p_operation_uuid: the caller''s name for the operation, '
-  'not the nil UUID; p_operation_type: DEPOSIT, WITHDRAW or TRANSFER; p_amount: minor units, 1 to 2^63-1; p_counterparty_uuid: the payee of a TRANSFER, '
+  'not the nil UUID; p_operation_type: DEPOSIT, WITHDRAW, TRANSFER, HOLD or RELEASE; p_amount: minor units, 1 to 2^63-1, null for RELEASE; p_counterparty_uuid: the payee of a TRANSFER, '
   'else null; p_metadata: an object of at most 2,048 octets as text ({} is null); p_not_after: the last moment of the call by the database''s clock; '
-  'p_hold_uuid, p_expires_at: null. '
+  'p_hold_uuid: the hold, that is the operation_uuid of a HOLD of this wallet, which a RELEASE ends, or from which a WITHDRAW or TRANSFER takes its amount '
+  '(a capture: the hold ends, and what is left of it is available again); else null; p_expires_at: of a HOLD, from when on it counts no longer, '
+  'in the years 1 to 9999, or null. '
   'Raises, the first that applies: WA400 (bad argument), WA404 (no such wallet), WA409 (the operation exists, on whichever wallet), '
-  'WA405 (a wallet is closed), WA403 (the wallet is frozen), WA422 (the wallets'' currencies differ), WA402 (not enough money), '
+  'WA424 (this wallet has no such hold), WA410 (the hold is captured, released or expired; a new one is due already), '
+  'WA405 (a wallet is closed), WA403 (the wallet is frozen), WA422 (the wallets'' currencies differ), WA402 (not enough money available; a capture of more than is held), '
   'WA416 (a balance would pass 2^63-1); under a lock_timeout also 55P03, after WA409 (another transaction keeps '
   'a wallet locked, or the operation_uuid in flight); 57014 (too late); 0A000 unless the transaction is read committed. '
   'A refused operation leaves nothing behind.';

@@ -15,6 +15,11 @@
 --
 -- An atomic batch is applied as any other, and all of it is taken back if any request was refused.
 --
+-- Holds that are due when the wallets are locked count for nobody: they are taken off the state before the first decision, and
+-- recorded with the first operation that is applied to their wallet. A hold that the batch names has one entry of state: open
+-- with its amount, closed, or unknown; what makes or ends it in the batch changes that entry. Where a wallet's last row is later
+-- than the clock, the moments of the requests differ, and with them what is due: they are applied one by one.
+--
 -- The decisions run in the order of the requests, over arrays: one entry a request for what comes out (by ordinal), one a
 -- wallet for the state in between (by number; v_numbers is the dictionary from uuid to number). What is null as a whole in most
 -- calls is looked up by ordinal, since each array that is unnested costs every row. The plans are pinned to
@@ -64,6 +69,8 @@ declare
   v_step text; -- what the attempt is about, when it ends by an error
   v_halve boolean := false;
 
+  v_last timestamptz;
+
   v_sqlstate text;
   v_constraint text;
   v_objection text;
@@ -75,9 +82,11 @@ declare
   v_numbers jsonb;
   v_last_balances bigint[];
   v_last_seqs bigint[];
-  v_last_times timestamptz[]; -- null: none is later than the clock
+  v_last_times timestamptz[]; -- null: none is later than the clock, and nothing is held
+  v_last_helds bigint[]; -- null: nothing is held
   v_balances bigint[];
   v_wallet_seqs bigint[];
+  v_helds bigint[];
   v_times timestamptz[];
 
   v_ordinal int;
@@ -96,6 +105,22 @@ declare
   v_payee_seqs bigint[];
   v_payee_balances_after bigint[];
   v_moments timestamptz[]; -- where it is not v_now
+
+  v_holding boolean; -- something is held, or is to be
+  v_due_counts int[]; -- by number; null: nothing is due
+  v_entries int[]; -- by ordinal: the ordinal of the first request that captures or releases the same hold; null: none does
+  v_known_holds boolean[]; -- by entry, as are the next five
+  v_known boolean[];
+  v_open_holds bigint[]; -- what is held; null: no longer
+  v_open bigint[];
+  v_makers int[]; -- the ordinal of the HOLD, where it is in this batch
+  v_entry int;
+  v_available bigint; -- what the amount may be taken from, where that is not the balance
+  v_held_amounts bigint[]; -- by ordinal, as are the next four: p_amounts, with those of RELEASE
+  v_helds_after bigint[];
+  v_payee_helds_after bigint[];
+  v_opening boolean[];
+  v_closing uuid[];
 
   v_careful boolean; -- there is more to do than for deposits and withdrawals that are all good
   v_look_up boolean := false;
@@ -159,16 +184,67 @@ begin
 
     select
       jsonb_object_agg(n.uuid, n.number), array_agg(coalesce(o.balance_after, 0)), array_agg(coalesce(o.seq, 0)),
-      case when max(o.created_at) > v_now then array_agg(o.created_at) end
-    into v_numbers, v_last_balances, v_last_seqs, v_last_times
+      case when max(o.created_at) > v_now or max(o.held_after) > 0 then array_agg(o.created_at) end,
+      case when max(o.held_after) > 0 then array_agg(coalesce(o.held_after, 0)) end
+    into v_numbers, v_last_balances, v_last_seqs, v_last_times, v_last_helds
     from unnest(v_uuids) with ordinality as n (uuid, number)
     left join lateral (
-      select l.balance_after, l.seq, l.created_at
+      select l.balance_after, l.held_after, l.seq, l.created_at
       from wallet.operation as l
       where l.wallet_uuid = n.uuid
       order by l.seq desc
       limit 1
     ) as o on true;
+
+    v_holding := v_last_helds is not null or p_hold_uuids is not null or coalesce('HOLD' = any(p_operation_types), false);
+  end if;
+
+  if v_holding then
+    v_last := (select max(t.moment) from unnest(v_last_times) as t (moment));
+    if v_last > v_now then
+      v_halve := v_count > 1;
+      v_now := v_last;
+    end if;
+
+    select array_agg(coalesce(n.held, 0) - d.amount), array_agg(n.seq + d.holds), case when max(d.holds) > 0 then array_agg(d.holds::int) end
+    into v_last_helds, v_last_seqs, v_due_counts
+    from unnest(v_uuids, v_last_helds, v_last_seqs, v_last_times) as n (uuid, held, seq, last)
+    cross join lateral (
+      select coalesce(sum(h.amount), 0)::bigint as amount, count(*) as holds
+      from wallet.hold as h
+      where n.held > 0 and h.wallet_uuid = n.uuid and h.expires_at >= n.last and h.expires_at <= v_now
+    ) as d;
+    v_last_times := null;
+
+    if p_hold_uuids is not null then
+      select
+        array_agg(r.entry order by r.ordinal),
+        array_agg(h.hold_uuid is not null or coalesce(o.wallet_uuid = r.wallet_uuid and o.operation_type = 'HOLD', false) order by r.ordinal),
+        array_agg(case when (h.expires_at <= v_now) is not true then h.amount end order by r.ordinal)
+      into v_entries, v_known_holds, v_open_holds
+      from (
+        select
+          r.wallet_uuid, r.hold_uuid, r.ordinal,
+          min(r.ordinal) filter (where r.hold_uuid is not null) over (partition by r.wallet_uuid, r.name) as entry
+        from (
+          select r.wallet_uuid, r.hold_uuid, r.ordinal, case r.operation_type when 'HOLD' then r.operation_uuid else r.hold_uuid end as name
+          from unnest(p_wallet_uuids, p_operation_uuids, p_operation_types, p_hold_uuids)
+            with ordinality as r (wallet_uuid, operation_uuid, operation_type, hold_uuid, ordinal)
+        ) as r
+      ) as r
+      left join lateral (
+        select h.hold_uuid, h.amount, h.expires_at
+        from wallet.hold as h
+        where h.wallet_uuid = r.wallet_uuid and h.hold_uuid = r.hold_uuid
+        limit 1
+      ) as h on true
+      left join lateral (
+        select o.wallet_uuid, o.operation_type
+        from wallet.operation as o
+        where h.hold_uuid is null and o.operation_uuid = r.hold_uuid and o.operation_type not in ('RECEIVE', 'EXPIRE')
+        limit 1
+      ) as o on true;
+    end if;
   end if;
 
   <<attempt>>
@@ -221,6 +297,17 @@ begin
         if v_times is not null then
           v_moments := array_fill(null::timestamptz, array[v_count]);
         end if;
+        if v_holding then
+          v_helds := v_last_helds;
+          v_known := v_known_holds;
+          v_open := v_open_holds;
+          v_makers := array_fill(null::int, array[v_count]);
+          v_held_amounts := p_amounts;
+          v_helds_after := v_seqs;
+          v_payee_helds_after := v_seqs;
+          v_opening := array_fill(false, array[v_count]);
+          v_closing := array_fill(null::uuid, array[v_count]);
+        end if;
 
         if v_look_up then
           v_taken := array_fill(false, array[v_count]);
@@ -242,7 +329,7 @@ begin
           ) as q;
         end if;
 
-        v_careful := v_look_up or p_counterparty_uuids is not null or v_times is not null;
+        v_careful := v_look_up or v_holding or p_counterparty_uuids is not null or v_times is not null;
 
         for v_ordinal in 1..v_count loop
           v_type := p_operation_types[v_ordinal];
@@ -273,12 +360,24 @@ begin
               v_fault := 'WA409';
             elsif v_missing then
               v_fault := '55P03';
+            elsif v_holding then
+              v_entry := coalesce(v_entries[v_ordinal], v_ordinal);
+              v_available := case
+                when p_hold_uuids[v_ordinal] is not null then v_open[v_entry]
+                when v_type <> 'DEPOSIT' then v_balances[v_number] - v_helds[v_number]
+              end;
+
+              if p_hold_uuids[v_ordinal] is not null and not v_known[v_entry] then
+                v_fault := 'WA424';
+              elsif (p_hold_uuids[v_ordinal] is not null and v_available is null) or p_expires_at[v_ordinal] <= v_now then
+                v_fault := 'WA410';
+              end if;
             end if;
           end if;
 
           if v_fault is null then
             v_fault := wallet.state_fault(
-              v_type, v_amount, v_statuses[v_number], v_balances[v_number], v_currencies[v_number],
+              v_type, v_amount, v_statuses[v_number], coalesce(v_available, v_balances[v_number]), v_currencies[v_number],
               v_statuses[v_payee], v_balances[v_payee], v_currencies[v_payee]
             );
           end if;
@@ -292,7 +391,8 @@ begin
             continue;
           end if;
 
-          v_balance := v_balances[v_number] + case v_type when 'DEPOSIT' then v_amount else -v_amount end;
+          v_balance := v_balances[v_number]
+            + case v_type when 'DEPOSIT' then v_amount when 'WITHDRAW' then -v_amount when 'TRANSFER' then -v_amount else 0 end;
           v_balances[v_number] := v_balance;
           v_balances_after[v_ordinal] := v_balance;
           v_seq := v_wallet_seqs[v_number] + 1;
@@ -318,6 +418,32 @@ begin
             if v_look_up then
               v_taken[v_firsts[v_ordinal]] := true;
             end if;
+            if v_holding then
+              if v_type = 'HOLD' then
+                v_helds[v_number] := v_helds[v_number] + v_amount;
+                v_opening[v_ordinal] := true;
+                if v_entries is not null then
+                  v_known[v_entry] := true;
+                  v_open[v_entry] := v_amount;
+                  v_makers[v_entry] := v_ordinal;
+                end if;
+              elsif p_hold_uuids[v_ordinal] is not null then
+                v_helds[v_number] := v_helds[v_number] - v_available;
+                v_open[v_entry] := null;
+                if v_type = 'RELEASE' then
+                  v_held_amounts[v_ordinal] := v_available;
+                end if;
+                if v_makers[v_entry] is null then
+                  v_closing[v_ordinal] := p_hold_uuids[v_ordinal];
+                else
+                  v_opening[v_makers[v_entry]] := false;
+                end if;
+              end if;
+              v_helds_after[v_ordinal] := v_helds[v_number];
+              if v_payee is not null then
+                v_payee_helds_after[v_ordinal] := v_helds[v_payee];
+              end if;
+            end if;
           end if;
         end loop;
 
@@ -325,7 +451,13 @@ begin
       end loop;
 
       v_step := 'write';
-      if v_payee_seqs is null then
+      for v_due in 1..coalesce(cardinality(v_due_counts), 0) loop
+        if v_due_counts[v_due] > 0 and v_wallet_seqs[v_due] > v_last_seqs[v_due] then
+          perform wallet.record_expiries(v_uuids[v_due], v_now);
+        end if;
+      end loop;
+
+      if v_payee_seqs is null and not v_holding then
         insert into wallet.operation
           (wallet_uuid, operation_type, operation_uuid, seq, amount, balance_after, created_at, metadata)
         select
@@ -335,7 +467,7 @@ begin
           as r (wallet_uuid, operation_type, operation_uuid, seq, amount, balance_after, ordinal)
         where r.seq is not null
         order by r.operation_uuid;
-      else
+      elsif not v_holding then
         insert into wallet.operation
           (wallet_uuid, operation_type, operation_uuid, seq, amount, balance_after, created_at, counterparty_uuid, metadata)
         select
@@ -355,6 +487,42 @@ begin
         ) as s (wallet_uuid, operation_type, seq, balance_after, counterparty_uuid, side)
         where s.seq is not null
         order by r.operation_uuid, s.side;
+      else
+        insert into wallet.operation (
+          wallet_uuid, operation_type, operation_uuid, seq, amount, balance_after, created_at, held_after, counterparty_uuid,
+          hold_uuid, expires_at, metadata
+        )
+        select
+          s.wallet_uuid, s.operation_type, r.operation_uuid, s.seq, r.amount, s.balance_after, coalesce(r.moment, v_now), coalesce(s.held_after, 0),
+          s.counterparty_uuid, s.hold_uuid, r.expires_at, nullif(r.metadata, '{}')
+        from unnest(
+          p_wallet_uuids, p_operation_types, p_operation_uuids, v_seqs, coalesce(v_held_amounts, p_amounts), v_balances_after, v_moments,
+          p_metadata, p_counterparty_uuids, v_payee_seqs, v_payee_balances_after, p_hold_uuids, p_expires_at, v_helds_after, v_payee_helds_after
+        ) as r (
+          wallet_uuid, operation_type, operation_uuid, seq, amount, balance_after, moment,
+          metadata, counterparty_uuid, payee_seq, payee_balance_after, hold_uuid, expires_at, held_after, payee_held_after
+        )
+        cross join lateral (
+          values
+          (r.wallet_uuid, r.operation_type, r.seq, r.balance_after, r.counterparty_uuid, r.held_after, r.hold_uuid, 1),
+          (r.counterparty_uuid, 'RECEIVE', r.payee_seq, r.payee_balance_after, r.wallet_uuid, r.payee_held_after, null, 2)
+        ) as s (wallet_uuid, operation_type, seq, balance_after, counterparty_uuid, held_after, hold_uuid, side)
+        where s.seq is not null
+        order by r.operation_uuid, s.side;
+      end if;
+
+      if v_holding then
+        if true = any(v_opening) then
+          insert into wallet.hold (wallet_uuid, hold_uuid, seq, amount, expires_at, created_at)
+          select r.wallet_uuid, r.hold_uuid, r.seq, r.amount, r.expires_at, v_now
+          from unnest(p_wallet_uuids, p_operation_uuids, v_seqs, p_amounts, p_expires_at, v_opening)
+            as r (wallet_uuid, hold_uuid, seq, amount, expires_at, opening)
+          where r.opening;
+        end if;
+        if p_hold_uuids is not null then
+          delete from wallet.hold as h
+          where h.hold_uuid = any(v_closing) and h.wallet_uuid = any(v_uuids);
+        end if;
       end if;
 
       exit;
@@ -399,13 +567,13 @@ begin
       case when r.seq is not null then r.amount end,
       r.balance_after,
       case when r.seq is not null then coalesce(v_moments[r.ordinal], v_now) end,
-      case when r.seq is not null then 0::bigint end,
+      case when r.seq is not null then coalesce(v_helds_after[r.ordinal], 0) end,
       case when r.seq is not null then p_counterparty_uuids[r.ordinal] end,
-      null::uuid,
-      null::timestamptz,
+      case when r.seq is not null then p_hold_uuids[r.ordinal] end,
+      case when r.seq is not null then p_expires_at[r.ordinal] end,
       case when r.seq is not null then nullif(p_metadata[r.ordinal], '{}') end
     from unnest(
-      p_wallet_uuids, p_operation_types, p_operation_uuids, v_seqs, p_amounts, v_balances_after, v_faults, v_messages
+      p_wallet_uuids, p_operation_types, p_operation_uuids, v_seqs, coalesce(v_held_amounts, p_amounts), v_balances_after, v_faults, v_messages
     ) with ordinality
       as r (wallet_uuid, operation_type, operation_uuid, seq, amount, balance_after, fault, message, ordinal);
     return;
@@ -451,7 +619,7 @@ comment on function wallet.apply_operations(text[], uuid[], text[], bigint[], te
   'Arrays of one length, with the arguments of apply_operation; those that may be null may be null as a whole. Returns one row per request, in order: ordinal '
   '(from 1), sqlstate and message (null: applied), same_request (whether what is recorded under its operation_uuid is this request: true for an applied one; '
   'null where nothing is recorded), and the row of the applied operation, or of the recorded one where the '
-  'sqlstate is WA409 and it belongs to the same wallet. Outcomes per request: WA400, WA404, WA409, WA405, WA403, WA422, WA402, WA416 as in apply_operation. '
+  'sqlstate is WA409 and it belongs to the same wallet. Outcomes per request: WA400, WA404, WA409, WA424, WA410, WA405, WA403, WA422, WA402, WA416 as in apply_operation. '
   'Also, for requests that were not tried and may be asked again: 55P03, under a lock_timeout, after WA409 (another transaction keeps a wallet '
   'locked, or the operation_uuid in flight); and the SQLSTATE of whatever else the database refuses (a constraint, a trigger), its message in a WARNING. '
   'p_atomic: if any request is refused, none is applied, and the outcome of those that would have been is WA425. '

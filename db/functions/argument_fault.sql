@@ -12,19 +12,29 @@ returns text
 language sql immutable
 as $$
   select case
-    when (p_operation_type = 'DEPOSIT' or p_operation_type = 'WITHDRAW') and p_amount > 0
-      and p_operation_uuid <> '00000000-0000-0000-0000-000000000000'::uuid
-      and p_counterparty_uuid is null and p_hold_uuid is null and p_expires_at is null and p_metadata is null
+    when p_amount > 0 and p_operation_uuid <> '00000000-0000-0000-0000-000000000000'::uuid
+      and p_hold_uuid is null and p_expires_at is null and p_metadata is null
+      and case
+        when p_counterparty_uuid is null then p_operation_type = 'DEPOSIT' or p_operation_type = 'WITHDRAW'
+        else p_operation_type = 'TRANSFER' and p_counterparty_uuid <> p_wallet_uuid
+      end
       then null
     when p_operation_uuid is null then 'operation_uuid must not be null'
     when p_operation_uuid = '00000000-0000-0000-0000-000000000000'::uuid then 'operation_uuid must not be the nil UUID'
     when p_operation_type is null then 'operation_type must not be null'
     when p_operation_type <> 'DEPOSIT' and p_operation_type <> 'WITHDRAW' and p_operation_type <> 'TRANSFER'
-      then 'operation_type must be DEPOSIT, WITHDRAW or TRANSFER'
-    when p_amount is null then 'amount must not be null'
+      and p_operation_type <> 'HOLD' and p_operation_type <> 'RELEASE'
+      then 'operation_type must be DEPOSIT, WITHDRAW, TRANSFER, HOLD or RELEASE'
+    when p_operation_type = 'RELEASE' and p_amount is not null then 'amount must be null for RELEASE'
+    when p_operation_type <> 'RELEASE' and p_amount is null then 'amount must not be null'
     when p_amount <= 0 then 'amount must be from 1 to 9223372036854775807'
-    when p_hold_uuid is not null then 'hold_uuid must be null'
-    when p_expires_at is not null then 'expires_at must be null'
+    when p_operation_type = 'RELEASE' and p_hold_uuid is null then 'hold_uuid must not be null for RELEASE'
+    when p_hold_uuid is not null and (p_operation_type = 'DEPOSIT' or p_operation_type = 'HOLD')
+      then 'hold_uuid must be null but for WITHDRAW, TRANSFER and RELEASE'
+    when p_hold_uuid = '00000000-0000-0000-0000-000000000000'::uuid then 'hold_uuid must not be the nil UUID'
+    when p_operation_type <> 'HOLD' and p_expires_at is not null then 'expires_at must be null but for HOLD'
+    when p_expires_at < '0001-01-01 00:00:00+00'::timestamptz or p_expires_at >= '10000-01-01 00:00:00+00'::timestamptz
+      then 'expires_at must be in the years 1 to 9999'
     when p_operation_type = 'TRANSFER' and p_counterparty_uuid is null then 'counterparty_uuid must not be null for TRANSFER'
     when p_operation_type <> 'TRANSFER' and p_counterparty_uuid is not null then 'counterparty_uuid must be null but for TRANSFER'
     when p_counterparty_uuid = p_wallet_uuid then 'counterparty_uuid must be another wallet'

@@ -8,11 +8,13 @@ as $$
     when 'WA404' then 'Wallet not found'
     when 'WA405' then 'Wallet is closed'
     when 'WA409' then 'Transaction already exists'
+    when 'WA410' then 'Hold is closed'
     when 'WA414' then 'Operation not found'
     when 'WA416' then 'Balance out of range'
     when 'WA417' then 'Wallet is not empty'
     when 'WA419' then 'Wallet already exists'
     when 'WA422' then 'Currencies differ'
+    when 'WA424' then 'Hold not found'
     when 'WA425' then 'Another operation of the request was refused'
     when '55P03' then 'Wallet is locked by another transaction: not applied'
     else case when p_sqlstate is not null then 'Refused by the database: not applied' end

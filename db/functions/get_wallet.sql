@@ -6,7 +6,6 @@ set enable_seqscan = off
 as $$
 declare
   v_wallet wallet.balance;
-  v_seq bigint;
   v_then wallet.operation;
 begin
   select b.* into v_wallet
@@ -17,17 +16,19 @@ begin
     perform wallet.raise_wallet_not_found(p_wallet_uuid);
   end if;
 
-  if v_wallet.seq > 0 and p_at < v_wallet.updated_at then
-    v_seq := wallet.seq_before(p_wallet_uuid, p_at, p_inclusive => true);
+  if v_wallet.seq > 0 and p_at is not null then
+    v_wallet.seq := wallet.seq_before(p_wallet_uuid, p_at, p_inclusive => true);
 
     select o.* into v_then
     from wallet.operation as o
-    where o.wallet_uuid = p_wallet_uuid and o.seq = v_seq;
+    where o.wallet_uuid = p_wallet_uuid and o.seq = v_wallet.seq;
 
     v_wallet.balance := coalesce(v_then.balance_after, 0);
     v_wallet.held := coalesce(v_then.held_after, 0);
+    if v_wallet.held > 0 then
+      v_wallet.held := v_wallet.held - wallet.due_amount(p_wallet_uuid, v_then.created_at, p_at);
+    end if;
     v_wallet.available := v_wallet.balance - v_wallet.held;
-    v_wallet.seq := coalesce(v_then.seq, 0);
     v_wallet.updated_at := coalesce(v_then.created_at, v_wallet.created_at);
   end if;
 
@@ -37,6 +38,7 @@ $$;
 
 comment on function wallet.get_wallet(text, timestamptz) is
   'Returns the wallet''s row of wallet.balance: uuid, id, currency, status, balance, held and available in minor units, seq, created_at, updated_at. '
+  'A hold that is due is no longer held, whether its EXPIRE is recorded or not. '
   'p_at: a moment; balance, held, available, seq and updated_at are then those after the last operation at or before it (balance 0 and seq 0 before '
-  'the first); currency and status are always today''s. Null: now. '
+  'the first), less the holds due by then; currency and status are always today''s. Null: now. '
   'Raises WA400 (null or bad name), WA404 (no such wallet).';

@@ -11,7 +11,7 @@ returns boolean
 language sql immutable
 as $$
   select p_operation.operation_type = p_operation_type
-    and p_operation.amount = p_amount
+    and (p_operation.amount = p_amount or p_operation_type = 'RELEASE')
     and p_operation.counterparty_uuid is not distinct from p_counterparty_uuid
     and p_operation.hold_uuid is not distinct from p_hold_uuid
     and p_operation.expires_at is not distinct from p_expires_at

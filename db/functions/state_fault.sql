@@ -13,7 +13,7 @@ language sql immutable
 as $$
   select case
     when p_status = 'CLOSED' or p_payee_status = 'CLOSED' then 'WA405'
-    when p_status = 'FROZEN' and p_operation_type <> 'DEPOSIT' then 'WA403'
+    when p_status = 'FROZEN' and p_operation_type <> 'DEPOSIT' and p_operation_type <> 'RELEASE' then 'WA403'
     when p_operation_type = 'DEPOSIT' then case when p_amount > 9223372036854775807 - p_balance then 'WA416' end
     when p_operation_type = 'TRANSFER' and p_currency is distinct from p_payee_currency then 'WA422'
     when p_amount > p_balance then 'WA402'
@@ -23,5 +23,5 @@ $$;
 
 comment on function wallet.state_fault(text, bigint, text, bigint, text, text, bigint, text) is
   'Internal: the SQLSTATE for an operation that the state of its wallets does not allow (the first of WA405, WA403, WA422, WA402, WA416), else null. '
-  'The payee''s state is null but for a TRANSFER. '
+  'p_balance: of a DEPOSIT the balance, of any other what the amount may be taken from. The payee''s state is null but for a TRANSFER. '
   'Neither security definer nor pinned, so that it is inlined into its callers, which are.';

@@ -12,12 +12,26 @@ as $$
       case
         when o.operation_type in ('DEPOSIT', 'RECEIVE') then o.amount::numeric
         when o.operation_type in ('WITHDRAW', 'TRANSFER') then -o.amount::numeric
+        when o.operation_type in ('HOLD', 'RELEASE', 'EXPIRE') then 0
       end as change,
       lag(o.seq, 1, 0::bigint) over by_seq as seq_before,
       lag(o.balance_after, 1, 0::bigint) over by_seq as balance_before,
+      lag(o.held_after, 1, 0::bigint) over by_seq as held_before,
       lag(o.created_at) over by_seq as time_before
     from wallet.operation as o
     window by_seq as (partition by o.wallet_uuid order by o.seq)
+  ),
+
+  hold as materialized (
+    select h.*
+    from history as h
+    where h.operation_type = 'HOLD'
+  ),
+
+  ending as materialized (
+    select h.*
+    from history as h
+    where h.hold_uuid is not null
   )
 
   select 'wallet has no nulls', w.uuid, null::bigint, w::text
@@ -50,17 +64,65 @@ as $$
   from history as h
   where h.wallet_uuid is null or h.operation_type is null or h.operation_uuid is null or h.seq is null
     or h.amount is null or h.balance_after is null or h.held_after is null or h.created_at is null
+    or (h.operation_type in ('RELEASE', 'EXPIRE') and h.hold_uuid is null)
   union all
   select 'operation is well formed', h.wallet_uuid, h.seq, h::text
   from history as h
-  where h.operation_type not in ('DEPOSIT', 'WITHDRAW', 'TRANSFER', 'RECEIVE')
+  where h.operation_type not in ('DEPOSIT', 'WITHDRAW', 'TRANSFER', 'RECEIVE', 'HOLD', 'RELEASE', 'EXPIRE')
     or h.operation_uuid = '00000000-0000-0000-0000-000000000000'::uuid
     or h.amount <= 0 or h.balance_after < 0
+    or (h.operation_type in ('DEPOSIT', 'RECEIVE', 'HOLD') and h.hold_uuid is not null)
+    or (h.operation_type <> 'HOLD' and h.expires_at is not null) or h.expires_at <= h.created_at
+    or (h.operation_type = 'EXPIRE' and (h.operation_uuid <> h.hold_uuid or h.metadata is not null))
     or jsonb_typeof(h.metadata) <> 'object' or h.metadata = '{}' or octet_length(h.metadata::text) > 2048
   union all
-  select 'nothing is held', h.wallet_uuid, h.seq, format('held_after %s, hold %s, expires at %s', h.held_after, h.hold_uuid, h.expires_at)
+  select 'available is not negative', h.wallet_uuid, h.seq, format('balance_after %s, held_after %s', h.balance_after, h.held_after)
   from history as h
-  where h.held_after <> 0 or h.hold_uuid is not null or h.expires_at is not null
+  where h.held_after < 0 or h.held_after > h.balance_after
+  union all
+  select 'a hold has one end', e.wallet_uuid, min(e.seq), format('hold %s has %s', e.hold_uuid, count(*))
+  from ending as e
+  group by e.wallet_uuid, e.hold_uuid
+  having count(*) > 1
+  union all
+  select 'an end belongs to a hold before it', e.wallet_uuid, e.seq, format('%s of %s on hold %s', e.operation_type, e.amount, e.hold_uuid)
+  from ending as e
+  left join hold as h on h.operation_uuid = e.hold_uuid and h.wallet_uuid = e.wallet_uuid and h.seq < e.seq
+  where h.operation_uuid is null or e.amount > h.amount or (e.operation_type in ('RELEASE', 'EXPIRE') and e.amount <> h.amount)
+  union all
+  select 'a hold ends before it is due, or expires then', e.wallet_uuid, e.seq, format('%s at %s, due at %s', e.operation_type, e.created_at, h.expires_at)
+  from ending as e
+  inner join hold as h on h.operation_uuid = e.hold_uuid
+  where case when e.operation_type = 'EXPIRE' then e.created_at is distinct from h.expires_at else e.created_at >= h.expires_at end
+  union all
+  select 'open holds are those without an end', coalesce(h.wallet_uuid, o.wallet_uuid), coalesce(h.seq, o.seq), format('ledger: %s; wallet.hold: %s', h, o)
+  from (
+    select h.wallet_uuid, h.operation_uuid, h.seq, h.amount, h.expires_at, h.created_at
+    from hold as h
+    where not exists (select from ending as e where e.hold_uuid = h.operation_uuid)
+  ) as h
+  full join wallet.hold as o on o.hold_uuid = h.operation_uuid
+  where (h.wallet_uuid, h.operation_uuid, h.seq, h.amount, h.expires_at, h.created_at)
+    is distinct from (o.wallet_uuid, o.hold_uuid, o.seq, o.amount, o.expires_at, o.created_at)
+  union all
+  select
+    'an operation records the holds that are due', o.wallet_uuid, o.seq,
+    format('hold %s, due at %s, is open; last operation at %s', o.hold_uuid, o.expires_at, h.last)
+  from wallet.hold as o
+  inner join (
+    select h.wallet_uuid, max(h.created_at) as last
+    from history as h
+    where h.operation_type <> 'EXPIRE'
+    group by h.wallet_uuid
+  ) as h on h.wallet_uuid = o.wallet_uuid
+  where o.expires_at <= h.last
+  union all
+  select
+    'held_after follows from the operation before', h.wallet_uuid, h.seq,
+    format('%s of %s on %s held gives %s', h.operation_type, h.amount, h.held_before, h.held_after)
+  from history as h
+  left join hold as o on o.operation_uuid = h.hold_uuid
+  where h.held_after is distinct from h.held_before::numeric + case when h.operation_type = 'HOLD' then h.amount else 0 end - coalesce(o.amount, 0)
   union all
   select 'a transfer and nothing else has a counterparty', h.wallet_uuid, h.seq, format('%s, counterparty %s', h.operation_type, h.counterparty_uuid)
   from history as h
@@ -68,7 +130,7 @@ as $$
   union all
   select 'operation_uuid is unique', min(h.wallet_uuid), min(h.seq), format('operation %s stands %s times', h.operation_uuid, count(*))
   from history as h
-  group by h.operation_uuid, h.operation_type = 'RECEIVE'
+  group by h.operation_uuid, case when h.operation_type in ('RECEIVE', 'EXPIRE') then h.operation_type end
   having count(*) > 1
   union all
   select 'seq has no gap', h.wallet_uuid, h.seq, format('comes after seq %s', h.seq_before)
@@ -108,4 +170,4 @@ $$;
 comment on function wallet.verify() is
   'Audits the books: one row per broken invariant (its name, the wallet, the seq where it shows, what was found); '
   'no rows means that the books are right. Reads the whole ledger in one snapshot and blocks nobody. '
-  'A wallet''s balance is what its last operation says, so it cannot tell that the last operations of a wallet are missing, unless they are transfers.';
+  'A wallet''s balance is what its last operation says, so it cannot tell that the last operations of a wallet are missing, unless they are transfers or concern holds.';

@@ -38,6 +38,14 @@ $$;
 
 grant delete on wallet.wallet, wallet.operation to wallet_owner; -- grants.sql has taken it away
 
+do $$
+begin
+  if to_regclass('wallet.hold') is not null then
+    execute 'delete from wallet.hold where wallet_uuid in (''1111111111'', ''2222222222'', ''3333333333'', ''4444444444'', ''5555555555'')';
+  end if;
+end
+$$;
+
 delete from wallet.operation
 where wallet_uuid in ('1111111111', '2222222222', '3333333333', '4444444444', '5555555555');
 

@@ -1,6 +1,6 @@
 """What the tests over HTTP share."""
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 
 import psycopg
 import pytest
@@ -11,7 +11,7 @@ from app.calls import line
 from app.server.migrations import LOGIN
 from app.settings import Settings
 from app.web.application import make_app
-from tests.conftest import Clone, url_of
+from tests.conftest import url_of
 
 
 @pytest.fixture(autouse=True)
@@ -21,18 +21,11 @@ def patience(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(line, "LOCK_TIMEOUT", 3600)
 
 
-@pytest.fixture(scope="module")
-def shared_superuser(clone: Clone) -> Iterator[psycopg.Connection]:
-    """A superuser's connection to the database of shared_client."""
-    with clone() as connection:
-        yield connection
-
-
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def shared_client(shared_superuser: psycopg.Connection) -> AsyncIterator[TestClient]:
-    """An HTTP client of an app and a database that a module's tests share: for requests that change nothing.
+    """An HTTP client of an app and a database that a module's tests share.
 
-    Tests with it have `pytest.mark.asyncio(loop_scope="module")`.
+    For requests that change nothing, or with `emptied`. Tests with it have `pytest.mark.asyncio(loop_scope="module")`.
     """
     settings = Settings(database_url=url_of(shared_superuser, LOGIN))
     async with TestClient(TestServer(make_app(settings))) as client:

@@ -1,5 +1,6 @@
 """The service as its HTTP clients call it."""
 
+import asyncio
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import quote
@@ -34,7 +35,7 @@ async def create(
 
 
 async def apply(
-    client: TestClient, wallet: str, operation_type: str, amount: int, operation: UUID | None = None, **more: Any
+    client: TestClient, wallet: str, operation_type: str, amount: int | None, operation: UUID | None = None, **more: Any
 ) -> ClientResponse:
     """Ask for an operation; without a name it gets one of its own."""
     body = {"operation_uuid": str(operation or uuid4()), "operation_type": operation_type, "amount": amount, **more}
@@ -42,7 +43,7 @@ async def apply(
 
 
 async def put(
-    client: TestClient, wallet: str, operation_type: str, amount: int, operation: UUID, **more: Any
+    client: TestClient, wallet: str, operation_type: str, amount: int | None, operation: UUID, **more: Any
 ) -> ClientResponse:
     """Ask for an operation by its own path."""
     body = {"operation_type": operation_type, "amount": amount, **more}
@@ -63,10 +64,37 @@ async def transfer(
     return await apply(client, wallet, "TRANSFER", amount, operation, counterparty_uuid=payee)
 
 
+async def hold(client: TestClient, wallet: str, amount: int, name: UUID, **more: Any) -> ClientResponse:
+    return await apply(client, wallet, "HOLD", amount, name, **more)
+
+
+async def release(client: TestClient, wallet: str, name: UUID, operation: UUID | None = None) -> ClientResponse:
+    return await apply(client, wallet, "RELEASE", None, operation, hold_uuid=str(name))
+
+
+async def capture(
+    client: TestClient, wallet: str, amount: int, name: UUID, operation: UUID | None = None
+) -> ClientResponse:
+    return await apply(client, wallet, "WITHDRAW", amount, operation, hold_uuid=str(name))
+
+
 async def balance(client: TestClient, wallet: str) -> int:
     answer = await client.get(path(wallet))
     assert answer.status == 200
     return (await answer.json())["balance"]
+
+
+async def held(client: TestClient, wallet: str, **query: str) -> int:
+    """Return what is held, and see that the rest is available."""
+    told = await (await client.get(path(wallet, "/balance"), params=query)).json()
+    assert told["available"] == told["balance"] - told["held"] >= 0
+    return told["held"]
+
+
+async def is_due(client: TestClient, wallet: str, held_then: int = 0) -> None:
+    """Wait until no more than this is held."""
+    while await held(client, wallet) > held_then:
+        await asyncio.sleep(0.01)
 
 
 async def history(client: TestClient, wallet: str) -> list[dict[str, Any]]:

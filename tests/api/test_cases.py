@@ -1,17 +1,32 @@
 """The table of cases over REST: one by one, in bulk, and all or nothing."""
 
+from collections import Counter
+from collections.abc import Iterable
+from datetime import UTC, datetime, timedelta
 from typing import Any
+from uuid import UUID
 
 import psycopg
 import pytest
 from aiohttp import ClientResponse
 from aiohttp.test_utils import TestClient
 
-from tests.api.door import apply, balance, create, path, problem, put
+from tests.api.door import apply, balance, create, held, is_due, path, problem, put
 from tests.cases import CASES, MESSAGES, PROBLEMS, Case, Request
 
 CODES = {"WA425": "not_applied"} | {sqlstate: code for sqlstate, (_, code) in PROBLEMS.items()}
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 each_case = pytest.mark.parametrize("case", CASES, ids=[case.name.replace(" ", "_") for case in CASES])
+
+
+@pytest.fixture
+def service(shared_service: psycopg.Connection, emptied: None) -> psycopg.Connection:
+    return shared_service
+
+
+@pytest.fixture
+def client(shared_client: TestClient, emptied: None) -> TestClient:
+    return shared_client
 
 
 def terms_of(request: Request) -> dict[str, Any]:
@@ -37,13 +52,41 @@ async def is_refused(answer: ClientResponse, outcome: str, status: int | None = 
     return told
 
 
+async def set_up(client: TestClient, case: Case) -> dict[UUID, tuple[Request, Any]]:
+    """Make what a case begins with; return its holds and how they are recorded, by name."""
+    await create(client, case.wallets, case.currencies)
+    made = {}
+    until = datetime.now(UTC) + timedelta(milliseconds=200)
+    for request in [*case.holds, *(request._replace(expires_at=until) for request in case.due)]:
+        answer = await put(client, request.wallet, "HOLD", request.amount, request.operation, **terms_of(request))
+        assert answer.status == 201
+        made[request.operation] = request, await answer.json()
+    for wallet in {request.wallet for request in case.due}:
+        await is_due(client, wallet, held_before(case)[wallet])
+    for wallet, status in case.statuses.items():
+        assert (await client.patch(path(wallet), json={"status": status})).status == 200
+    return made
+
+
+def held_before(case: Case) -> Counter[str]:
+    held = Counter[str]()
+    for request in case.holds:
+        held[request.wallet] += request.amount or 0
+    return held
+
+
 async def balances(client: TestClient, case: Case) -> dict[str, int]:
     return {wallet: await balance(client, wallet) for wallet in case.wallets}
 
 
+async def holdings(client: TestClient, wallets: Iterable[str]) -> dict[str, int]:
+    """Return what is held, where that is not 0."""
+    return {wallet: amount for wallet in wallets if (amount := await held(client, wallet))}
+
+
 @each_case
 async def test_one_by_one(case: Case, client: TestClient, service: psycopg.Connection) -> None:
-    await create(client, case.wallets, case.currencies, case.statuses)
+    await set_up(client, case)
 
     for request in case.requests:
         answer = await apply(
@@ -55,13 +98,13 @@ async def test_one_by_one(case: Case, client: TestClient, service: psycopg.Conne
             await is_refused(answer, request.outcome)
 
     assert await balances(client, case) == case.balances
+    assert await holdings(client, case.wallets) == case.held
     assert service.execute("select * from wallet.verify()").fetchall() == []
 
 
 @each_case
 async def test_put_one_by_one(case: Case, client: TestClient, service: psycopg.Connection) -> None:
-    await create(client, case.wallets, case.currencies, case.statuses)
-    applied: dict[object, tuple[Request, Any]] = {}
+    applied = await set_up(client, case)
 
     for request in case.requests:
         answer = await put(client, request.wallet, request.type, request.amount, request.operation, **terms_of(request))
@@ -80,6 +123,7 @@ async def test_put_one_by_one(case: Case, client: TestClient, service: psycopg.C
             await is_refused(answer, request.outcome)
 
     assert await balances(client, case) == case.balances
+    assert await holdings(client, case.wallets) == case.held
     assert service.execute("select * from wallet.verify()").fetchall() == []
 
 
@@ -89,7 +133,7 @@ async def read(client: TestClient, request: Request) -> Any:
 
 @each_case
 async def test_all_in_one_request(case: Case, client: TestClient, service: psycopg.Connection) -> None:
-    await create(client, case.wallets, case.currencies, case.statuses)
+    await set_up(client, case)
 
     answer = await client.post("/api/v1/operations", json={"operations": list(map(item_of, case.requests))})
 
@@ -97,6 +141,7 @@ async def test_all_in_one_request(case: Case, client: TestClient, service: psyco
         assert (await is_refused(answer, "WA400"))["errors"][0]["loc"][:2] == ["body", "operations"]
         assert "WA400" in {request.outcome for request in case.requests}
         assert await balances(client, case) == case.wallets
+        assert await holdings(client, case.wallets) == held_before(case)
         return
     assert answer.status == 200
     for request, result in zip(case.requests, (await answer.json())["results"], strict=True):
@@ -106,12 +151,13 @@ async def test_all_in_one_request(case: Case, client: TestClient, service: psyco
             assert result["code"] == PROBLEMS[request.outcome][1]
             assert result["detail"] == MESSAGES.get(request.outcome, result["detail"])
     assert await balances(client, case) == case.balances
+    assert await holdings(client, case.wallets) == case.held
     assert service.execute("select * from wallet.verify()").fetchall() == []
 
 
 @each_case
 async def test_all_or_nothing(case: Case, client: TestClient, service: psycopg.Connection) -> None:
-    await create(client, case.wallets, case.currencies, case.statuses)
+    await set_up(client, case)
     wanted = {"operations": list(map(item_of, case.requests)), "atomic": True}
 
     answer = await client.post("/api/v1/operations", json=wanted)
@@ -119,6 +165,7 @@ async def test_all_or_nothing(case: Case, client: TestClient, service: psycopg.C
     if answer.status == 400:
         await is_refused(answer, "WA400")
         assert await balances(client, case) == case.wallets
+        assert await holdings(client, case.wallets) == held_before(case)
         return
     refused = any(request.outcome is not None for request in case.requests)
     for request, result in zip(case.requests, (await answer.json())["results"], strict=True):
@@ -129,6 +176,7 @@ async def test_all_or_nothing(case: Case, client: TestClient, service: psycopg.C
         assert (result["applied"], result["code"]) == (False, CODES[outcome])
         assert result["detail"] == MESSAGES.get(outcome, result["detail"])
     assert await balances(client, case) == (case.wallets if refused else case.balances)
+    assert await holdings(client, case.wallets) == (held_before(case) if refused else case.held)
     assert service.execute("select * from wallet.verify()").fetchall() == []
     if not refused:
         again = await (await client.post("/api/v1/operations", json=wanted)).json()

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -58,7 +59,7 @@ async def test_a_generated_client_gets_every_answer_whole(client: TestClient, wa
         return module.sync(*path, client=service, **arguments)
 
     def apply(operation: str, kind: str, amount: int) -> Any:
-        body = models.OperationRequest(operation, models.OperationType(kind), amount)
+        body = models.OperationRequest(operation, models.OperationType(kind), amount=amount)
         return call("operations.apply_operation", "ann", body=body)
 
     def session() -> None:
@@ -82,7 +83,8 @@ async def test_a_generated_client_gets_every_answer_whole(client: TestClient, wa
         assert call("wallets.create_wallet", body=models.WalletRequest("ann")).code == "wallet_exists"
 
         bulk = [
-            models.BulkOperation("ann", name, models.OperationType("DEPOSIT"), 2) for name in (str(uuid4()), operation)
+            models.BulkOperation("ann", name, models.OperationType("DEPOSIT"), amount=2)
+            for name in (str(uuid4()), operation)
         ]
         applied, refused = call("operations.apply_operations", body=models.BulkRequest(bulk)).results
         assert (applied.applied, applied.balance_after, applied.seq) == (True, 17, 3)
@@ -91,7 +93,10 @@ async def test_a_generated_client_gets_every_answer_whole(client: TestClient, wa
         zoe = call("wallets.put_wallet", "zoe")
         assert (zoe.currency, zoe.status, zoe.seq) == (None, "OPEN", 0)
         terms = models.OperationTerms(
-            models.OperationType("TRANSFER"), 7, "zoe", models.MetadataType0.from_dict({"order": [4711]})
+            models.OperationType("TRANSFER"),
+            amount=7,
+            counterparty_uuid="zoe",
+            metadata=models.MetadataType0.from_dict({"order": [4711]}),
         )
         transfer = str(uuid4())
         for _ in range(2):  # applied now, and before
@@ -106,12 +111,24 @@ async def test_a_generated_client_gets_every_answer_whole(client: TestClient, wa
         wallets = call("wallets.list_wallets", limit=1, after="yes")
         assert ([one.uuid for one in wallets.wallets], wallets.next_ is None) == (["zoe"], True)
         both = [
-            models.BulkOperation(wallet, str(uuid4()), models.OperationType("WITHDRAW"), 1) for wallet in ("ann", "zoe")
+            models.BulkOperation(wallet, str(uuid4()), models.OperationType("WITHDRAW"), amount=1)
+            for wallet in ("ann", "zoe")
         ]
         told = call("operations.apply_operations", body=models.BulkRequest(both, atomic=True)).results
         assert [one.code for one in told] == ["not_applied", "wallet_frozen"]
 
-        page = call("operations.list_operations", "ann", limit=2)
+        until = datetime(2099, 12, 31, tzinfo=UTC)
+        hold = models.OperationTerms(models.OperationType("HOLD"), amount=6, expires_at=until)
+        name = str(uuid4())
+        assert call("operations.put_operation", "ann", name, body=hold).expires_at == until
+        open_holds = call("operations.list_holds", "ann")
+        assert [(str(one.hold_uuid), one.amount, one.expires_at) for one in open_holds.holds] == [(name, 6, until)]
+        assert call("wallets.get_balance", "ann").held == 6
+        freed = models.OperationTerms(models.OperationType("RELEASE"), hold_uuid=name)
+        assert call("operations.put_operation", "ann", str(uuid4()), body=freed).amount == 6
+        assert call("operations.put_operation", "ann", str(uuid4()), body=freed).code == "hold_closed"
+
+        page = call("operations.list_operations", "ann", limit=2, before=5)
         assert ([one.seq for one in page.operations], page.next_) == ([4, 3], 3)
         assert call("operations.list_operations", "ann", limit=2, before=page.next_).next_ is None
         assert call("operations.get_operation", "ann", operation).seq == 2

@@ -31,7 +31,7 @@ from app.server.embedded import Postgres, connection_url
 from app.server.migrations import LOGIN, bring_up_to_date
 from app.settings import Settings
 from app.web.application import make_app
-from tests.api.door import MAX, apply, balance, create, deposit, history, path, problem, put, withdraw
+from tests.api.door import MAX, apply, balance, create, deposit, history, hold, path, problem, put, withdraw
 from tests.conftest import url_of
 from tests.proxy import Http, Point, Proxy
 from tests.proxy import Postgres as PostgresTalk
@@ -987,6 +987,41 @@ async def test_an_atomic_call_that_is_lost_is_applied_as_a_whole_or_not_at_all(
     if amount == 101:
         assert {result["code"] for result in results} == {"insufficient_funds"}
     assert [await balance(lossy, one) for one in ("w", "v")] == ([0, 1] if amount == 100 else [100, 1])
+
+
+@pytest.mark.parametrize("atomic", [True, False], ids=["atomic", "each"])
+@pytest.mark.parametrize("point", Point)
+async def test_a_hold_and_its_capture_in_a_lost_call_succeed_once(
+    point: Point, atomic: bool, proxy: Proxy, lossy: TestClient
+) -> None:
+    until = "2099-01-01T00:00:00Z"
+    operations = [
+        {"wallet_uuid": "w", "operation_uuid": str(A), "operation_type": "HOLD", "amount": 60, "expires_at": until},
+        {"wallet_uuid": "w", "operation_uuid": str(B), "operation_type": "WITHDRAW", "amount": 50, "hold_uuid": str(A)},
+        {"wallet_uuid": "w", "operation_uuid": str(uuid4()), "operation_type": "RELEASE", "hold_uuid": str(A)},
+    ][: 2 if atomic else 3]
+    cut = proxy.cut_next(CALL, point)
+
+    answer = await lossy.post("/api/v1/operations", json={"operations": operations, "atomic": atomic})
+
+    assert cut.done()
+    held, captured, *released = (await answer.json())["results"]
+    assert (held["applied"], held["held_after"], captured["applied"], captured["held_after"]) == (True, 60, True, 0)
+    assert [result["code"] for result in released] == ["hold_closed"] * (not atomic)
+    assert await balance(lossy, "w") == 50
+
+
+@pytest.mark.parametrize("point", Point)
+async def test_a_capture_whose_call_is_lost_succeeds_once(point: Point, proxy: Proxy, lossy: TestClient) -> None:
+    assert (await hold(lossy, "w", 60, A)).status == 200
+    cut = proxy.cut_next(CALL, point)
+
+    answers = [await put(lossy, "w", "WITHDRAW", 50, B, hold_uuid=str(A)) for _ in range(2)]
+
+    assert cut.done()
+    assert [answer.status for answer in answers] == [201, 200]
+    assert await answers[0].json() == await answers[1].json()
+    assert await balance(lossy, "w") == 50
 
 
 @pytest.mark.parametrize("point", Point)

@@ -19,7 +19,7 @@ from pytest_aiohttp.plugin import AiohttpClient
 from app import metrics as app_metrics
 from app.settings import CHECKOUT, Settings
 from app.web.application import make_app
-from tests.api.door import MAX, create, deposit, path, withdraw
+from tests.api.door import MAX, capture, create, deposit, hold, path, release, withdraw
 from tests.api.test_bad_input import send_raw
 from tests.api.test_lanes import (
     busy_lane,
@@ -215,8 +215,9 @@ async def test_what_alerts_look_at_is_there_before_it_happens(client: TestClient
             statuses = {"500", "503"} | ({"429"} if method not in ("GET", "HEAD") else set())
             for status in statuses:
                 assert zero("wallet_request_seconds_count", method=method, route=path, status=status), (method, path)
-    for operation_type in ("DEPOSIT", "WITHDRAW"):
-        for outcome in ("applied", "insufficient_funds", "duplicate_operation", "wallet_not_found", "invalid_request"):
+    decided = ("applied", "insufficient_funds", "duplicate_operation", "wallet_not_found", "invalid_request")
+    for operation_type in ("DEPOSIT", "WITHDRAW", "TRANSFER", "HOLD", "RELEASE"):
+        for outcome in (*decided, "hold_closed", "hold_not_found"):
             assert zero("wallet_operations_total", type=operation_type, outcome=outcome)
     assert zero("wallet_resends_total")
     assert zero("wallet_log_lines_dropped_total")
@@ -227,7 +228,7 @@ async def test_what_alerts_look_at_is_there_before_it_happens(client: TestClient
 
 
 async def test_operations_are_counted_by_type_and_outcome(client: TestClient) -> None:
-    operation = uuid4()
+    operation, name = uuid4(), uuid4()
     await create(client, {"full": MAX})
     before = await metrics(client)
 
@@ -237,12 +238,21 @@ async def test_operations_are_counted_by_type_and_outcome(client: TestClient) ->
     await withdraw(client, "w", 1000)
     await deposit(client, "full", 1)
     await withdraw(client, "nobody", 1)
+    await hold(client, "full", 1, operation)
+    await hold(client, "full", 1, name)
+    await capture(client, "full", 1, name)
+    await release(client, "full", name)
+    await release(client, "full", operation)
 
     assert (await metrics(client)).since(before, "wallet_operations_total") == {
         ("applied", "DEPOSIT"): 1,
-        ("applied", "WITHDRAW"): 1,
+        ("applied", "WITHDRAW"): 2,
+        ("applied", "HOLD"): 1,
         ("balance_out_of_range", "DEPOSIT"): 1,
         ("duplicate_operation", "DEPOSIT"): 1,
+        ("duplicate_operation", "HOLD"): 1,
+        ("hold_closed", "RELEASE"): 1,
+        ("hold_not_found", "RELEASE"): 1,
         ("insufficient_funds", "WITHDRAW"): 1,
         ("wallet_not_found", "WITHDRAW"): 1,
     }

@@ -245,6 +245,7 @@ async def test_a_full_siding_refuses_only_those_for_locked_wallets(
     assert await balance(client, "w") == len(kept)
 
 
+@pytest.mark.alone
 async def test_a_locked_payee_holds_up_no_payer_s_other_money(
     client: TestClient, superuser: psycopg.Connection
 ) -> None:
@@ -434,6 +435,7 @@ async def test_a_value_that_cannot_be_sent_is_refused_to_its_own_request(
         Request("w\0w", uuid4(), "DEPOSIT", 1),
         Request("w", uuid4(), "DEP\0SIT", 1),
         Request("w", uuid4(), "DEPOSIT", 2**63),
+        Request("w", uuid4(), "HOLD", 1, expires_at="tomorrow or so"),
     ):
         requests[-1] = spoilt
         outcomes = await line.apply(requests, asyncio.get_running_loop().time() + 5)

@@ -588,7 +588,7 @@ async def test_a_service_is_ready_on_a_database_that_is_as_new_as_it_needs(
     superuser.execute(newer)
     assert (await client.get("/readyz")).status == 200
 
-    superuser.execute(newer.replace("99", "2"))
+    superuser.execute(newer.replace("99", "3"))
     await problem(await client.get("/readyz"), 503, "not_migrated")
 
     superuser.execute("drop function wallet.contract_version")

@@ -64,7 +64,7 @@ def rest(bench: Bench, report: Report, name: str, *, connections: int, seconds: 
     workers = load.pop("workers", 1)
     if report.leaves_out(name):
         return
-    template = "grown" if name.startswith("grown") else "funded" if "payees" in load else "template"
+    template = "grown" if name.startswith("grown") else "funded" if load.keys() & {"payees", "holds"} else "template"
     with bench.database(template) as database:
         with service(["app"], DATABASE_URL=bench.postgres.url("wallet_service", database), WORKERS=workers) as port:
             wrk(port, connections, 1, **load)
@@ -267,6 +267,8 @@ def compared(bench: Bench, report: Report, seconds: int, rounds: int, files: lis
                     seconds=seconds,
                     spread=spread,
                 )
+        name = "REST one wallet, holds and their captures, 256 connections"
+        rest(bench, report, name, connections=256, seconds=seconds, holds=1024)
         for size in (100, 1000, 10_000):
             rest(bench, report, f"REST bulk, {size} operations, one wallet", connections=4, seconds=seconds, size=size)
 
@@ -471,6 +473,12 @@ def targets(report: Report, millions: list[int], snapshot: int) -> Iterator[tupl
             times("REST 10000 wallets, 256 connections", ceiling.format(256)),
             ">=",
             0.6,
+        ),
+        (
+            "holds and their captures in one wallet at 256 connections, of the ceiling",
+            times("REST one wallet, holds and their captures, 256 connections", ceiling.format(256)),
+            ">=",
+            0.5,
         ),
         (
             "transfers between 10,000 wallets at 256 connections, of the ceiling",

@@ -6,7 +6,6 @@ wallet.apply_operation a request.
 
 import sys
 
-import msgspec
 import uvloop
 from aiohttp import web
 from aiohttp.typedefs import Handler
@@ -17,10 +16,10 @@ from app.server.supervisor import spare_the_collector
 from app.settings import from_environment
 from app.web.application import MIB
 from app.web.body import ROOM, Room
-from app.web.messages import NewOperation, read_body, respond, wallet_uuid
+from app.web.messages import NewOperation, decoder, read_body, respond, wallet_uuid
 from app.web.problems import answer_to
 
-_decoder = msgspec.json.Decoder(NewOperation)
+_decoder = decoder(NewOperation)
 
 
 async def ceiling(request: web.Request) -> web.Response:

@@ -194,11 +194,18 @@ def wait_for(port: int, process: subprocess.Popen[bytes]) -> None:
 
 
 def wrk(
-    port: int, connections: int, seconds: int, wallets: int = 1, reads: int = 0, size: int = 1, payees: int = 0
+    port: int,
+    connections: int,
+    seconds: int,
+    wallets: int = 1,
+    reads: int = 0,
+    size: int = 1,
+    payees: int = 0,
+    holds: int = 0,
 ) -> dict[str, Any]:
     """Run wrk on one thread; return requests a second, the latencies and the count of answers that were not 2xx."""
     command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--timeout", "30s", "-s", str(HERE / "wrk.lua")]
-    command += [f"http://127.0.0.1:{port}", "--", str(wallets), str(reads), str(size), str(payees)]
+    command += [f"http://127.0.0.1:{port}", "--", str(wallets), str(reads), str(size), str(payees), str(holds)]
     ran = subprocess.run(command, capture_output=True, text=True, check=True)
     result: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
     result["per_second"] = result["requests"] / result["seconds"]

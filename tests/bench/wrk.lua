@@ -1,10 +1,11 @@
 -- Requests for wrk. Arguments after `--`: how many wallets, the share of balance reads in percent, operations per request, and
--- how many wallets are paid by transfers (0: none). Wallet n is called w00001, w00002 ...; every operation is a DEPOSIT of 1 under a
--- random UUID, or a TRANSFER of 1 to one of the wallets that are paid. More than one operation goes as a bulk request. Prints one
--- line of JSON at the end.
+-- how many wallets are paid by transfers (0: none), and how many holds are open at a time (0: none are made). Wallet n is called w00001, w00002 ...; every operation is a DEPOSIT of 1 under a
+-- random UUID, or a TRANSFER of 1 to one of the wallets that are paid, or in turn a HOLD of 1 and the capture of the oldest that is
+-- open. More than one operation goes as a bulk request. Prints one line of JSON at the end.
 
 local random, format, concat = math.random, string.format, table.concat
-local wallets, reads, size, payees
+local wallets, reads, size, payees, holds
+local held, first, last = {}, 1, -1 -- the first request is only looked at by wrk, and not sent
 local threads = 0
 
 function setup(thread)
@@ -13,7 +14,8 @@ function setup(thread)
 end
 
 function init(arguments)
-  wallets, reads, size, payees = tonumber(arguments[1]), tonumber(arguments[2]), tonumber(arguments[3]), tonumber(arguments[4])
+  wallets, reads, size = tonumber(arguments[1]), tonumber(arguments[2]), tonumber(arguments[3])
+  payees, holds = tonumber(arguments[4]), tonumber(arguments[5])
   math.randomseed(os.time() * 1000 + number * 7919)
   for _ = 1, 10 do random() end
 end
@@ -39,7 +41,23 @@ local function transfer()
     .. '","operation_type":"TRANSFER","amount":1,"counterparty_uuid":"' .. format("w%05d", payee) .. '"}')
 end
 
+local function hold_or_capture()
+  local name, rest = uuid(), '","operation_type":"HOLD","amount":1}'
+  if last - first + 1 < holds then
+    last = last + 1
+    held[last] = name
+  else
+    rest = '","operation_type":"WITHDRAW","amount":1,"hold_uuid":"' .. held[first] .. '"}'
+    held[first] = nil
+    first = first + 1
+  end
+  return post("/api/v1/wallets/" .. wallet() .. "/operation", '{"operation_uuid":"' .. name .. rest)
+end
+
 function request()
+  if holds > 0 then
+    return hold_or_capture()
+  end
   if payees > 0 then
     return transfer()
   end

@@ -1,6 +1,7 @@
 """The functions of schema wallet as a login of the service calls them."""
 
 from collections.abc import Iterable, Sequence
+from datetime import datetime, timedelta
 from typing import Any
 from uuid import uuid4
 
@@ -16,14 +17,35 @@ def create(
     wallets: dict[str, int],
     currencies: dict[str, str] | None = None,
     statuses: dict[str, str] | None = None,
+    holds: Iterable[Request] = (),
+    due: Sequence[Request] = (),
 ) -> None:
-    """Create wallets that hold so much."""
+    """Create wallets with these balances. `due`: holds that are past their expires_at when this is done."""
     for wallet, balance in wallets.items():
         call(connection, "create_wallet", wallet, (currencies or {}).get(wallet))
         if balance:
             apply(connection, deposit(wallet, uuid4(), balance))
+    for request in holds:
+        apply(connection, request)
+    let_expire(connection, due)
     for wallet, status in (statuses or {}).items():
         call(connection, "set_status", wallet, status)
+
+
+def let_expire(
+    connection: psycopg.Connection, holds: Sequence[Request], apart: timedelta = timedelta(0)
+) -> list[datetime]:
+    """Hold, wait until all is due by the database's clock, and return when each was: the last first, `apart`."""
+    for patience in (50, 500, 5000):
+        [now] = connection.execute("select clock_timestamp()").fetchone() or ()
+        until = now + timedelta(milliseconds=patience)
+        moments = [until + number * apart for number in reversed(range(len(holds)))]
+        asked = [request._replace(expires_at=moment) for request, moment in zip(holds, moments, strict=True)]
+        if all(row.sqlstate is None for row in apply_all(connection, asked, atomic=True)):
+            break
+    if holds:
+        connection.execute("select pg_sleep(extract(epoch from %s - clock_timestamp()))", [moments[0]])
+    return moments
 
 
 def apply(connection: psycopg.Connection, request: Request) -> Any:
@@ -56,6 +78,8 @@ SIGNATURES = {
     "get_operation": "text, uuid",
     "list_operations": "text, bigint, int, timestamptz, timestamptz",
     "list_wallets": "text, int, text",
+    "list_holds": "text, bigint, int",
+    "expire_holds": "text, int",
     "set_status": "text, text, timestamptz",
     "verify": "",
     "raise_too_late": "",
@@ -83,3 +107,10 @@ def outcome(connection: psycopg.Connection, request: Request) -> str | None:
 
 def balances(connection: psycopg.Connection, wallets: Sequence[str] | dict[str, int]) -> dict[str, int]:
     return {wallet: call(connection, "get_wallet", wallet)[0].balance for wallet in wallets}
+
+
+def held(connection: psycopg.Connection, wallets: Iterable[str]) -> dict[str, int]:
+    """Return what is held, where that is not 0."""
+    states = [call(connection, "get_wallet", wallet)[0] for wallet in wallets]
+    assert all(state.available == state.balance - state.held >= 0 for state in states)
+    return {state.uuid: state.held for state in states if state.held}

@@ -12,6 +12,7 @@ from tests.cases import MAX, MESSAGES, A, B, C, D, Request, deposit, transfer, w
 from tests.db.door import apply, apply_all, balances, call, create, operation, outcome
 
 NAME_FAULT = "wallet_uuid must be 1 to 64 characters of A-Z, a-z, 0-9, _ and -"
+HOLD_FAULT = "hold_uuid must be null but for WITHDRAW, TRANSFER and RELEASE"
 MOMENT = datetime(2100, 1, 1, tzinfo=UTC)
 BAD_NAMES = ["", "w" * 65, "\N{MONEY BAG}", "a b", "a/b", "w\n", "é", "٣"]
 
@@ -68,6 +69,8 @@ def test_no_function_takes_a_bad_name(name: str, service: psycopg.Connection) ->
     assert refusal(service, "apply_operation", name, A, "DEPOSIT", 1) == refused
     assert refusal(service, "get_operation", name, A) == refused
     assert refusal(service, "list_operations", name) == refused
+    assert refusal(service, "list_holds", name) == refused
+    assert refusal(service, "expire_holds", name) == refused
     assert apply_all(service, [deposit(name, A, 1)])[0][1:3] == refused
 
 
@@ -179,7 +182,11 @@ def test_a_page_starts_before_a_seq_that_can_exist(before: int, service: psycopg
         ("apply_operation", ["w", None, "DEPOSIT", 1], "operation_uuid must not be null"),
         ("apply_operation", ["w", UUID(int=0), "DEPOSIT", 1], "operation_uuid must not be the nil UUID"),
         ("apply_operation", ["w", A, None, 1], "operation_type must not be null"),
-        ("apply_operation", ["w", A, "deposit", 1], "operation_type must be DEPOSIT, WITHDRAW or TRANSFER"),
+        (
+            "apply_operation",
+            ["w", A, "deposit", 1],
+            "operation_type must be DEPOSIT, WITHDRAW, TRANSFER, HOLD or RELEASE",
+        ),
         ("apply_operation", ["w", A, "DEPOSIT", None], "amount must not be null"),
         ("apply_operation", ["w", A, "DEPOSIT", 0], "amount must be from 1 to 9223372036854775807"),
         ("apply_operations", [None, [A], ["DEPOSIT"], [1]], "arrays must not be null"),
@@ -191,8 +198,16 @@ def test_a_page_starts_before_a_seq_that_can_exist(before: int, service: psycopg
         ("apply_operation", ["w", A, "DEPOSIT", 1, "v"], "counterparty_uuid must be null but for TRANSFER"),
         ("apply_operation", ["w", A, "TRANSFER", 1, "w"], "counterparty_uuid must be another wallet"),
         ("apply_operation", ["w", A, "TRANSFER", 1, "a b"], NAME_FAULT.replace("wallet_uuid", "counterparty_uuid")),
-        ("apply_operation", ["w", A, "DEPOSIT", 1, None, B], "hold_uuid must be null"),
-        ("apply_operation", ["w", A, "DEPOSIT", 1, None, None, MOMENT], "expires_at must be null"),
+        ("apply_operation", ["w", A, "DEPOSIT", 1, None, B], HOLD_FAULT),
+        ("apply_operation", ["w", A, "HOLD", 1, None, B], HOLD_FAULT),
+        ("apply_operation", ["w", A, "HOLD", None], "amount must not be null"),
+        ("apply_operation", ["w", A, "HOLD", 1, "v"], "counterparty_uuid must be null but for TRANSFER"),
+        ("apply_operation", ["w", A, "RELEASE", 1, None, B], "amount must be null for RELEASE"),
+        ("apply_operation", ["w", A, "RELEASE"], "hold_uuid must not be null for RELEASE"),
+        ("apply_operation", ["w", A, "WITHDRAW", 1, None, UUID(int=0)], "hold_uuid must not be the nil UUID"),
+        ("apply_operation", ["w", A, "DEPOSIT", 1, None, None, MOMENT], "expires_at must be null but for HOLD"),
+        ("list_holds", [None], "wallet_uuid must not be null"),
+        ("expire_holds", [None], "wallet_uuid must not be null"),
         ("apply_operation", ["w", A, "DEPOSIT", 1, None, None, None, "[]"], "metadata must be an object"),
         ("apply_operation", ["w", A, "DEPOSIT", 1, None, None, None, "null"], "metadata must be an object"),
         (

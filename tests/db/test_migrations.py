@@ -17,9 +17,9 @@ import pytest
 
 from app.server.embedded import BINARIES, Postgres
 from app.settings import CHECKOUT
-from tests.cases import A, B, C, deposit, withdraw
+from tests.cases import A, B, C, X, Y, deposit, hold, release, transfer, withdraw
 from tests.conftest import url_of
-from tests.db.door import apply, balances, call, create
+from tests.db.door import apply, balances, call, create, outcome
 
 DBMATE = Path(sys.executable).parent / "dbmate"
 FUNCTIONS = sorted((CHECKOUT / "db" / "functions").glob("*.sql"))
@@ -171,7 +171,10 @@ def test_the_migrated_functions_and_grants_are_those_of_their_files(
             declare
               v_function regprocedure;
             begin
-              for v_function in select oid from pg_proc where pronamespace = 'wallet'::regnamespace loop
+              for v_function in
+                select oid from pg_proc
+                where pronamespace = 'wallet'::regnamespace and proname <> 'due_amount' -- the view needs it
+              loop
                 execute format('drop function %s', v_function);
               end loop;
             end
@@ -478,13 +481,93 @@ def test_what_the_schema_before_cannot_hold_is_not_rolled_back(
         create(connection, {"savings": 5, "other": 0})
         connection.execute(change.encode())
         before = money(connection)
-        dbmate(url, "rollback")
+        for _ in [path for path in MIGRATIONS if path.stem > "20261129000006"]:
+            dbmate(url, "rollback")
         with pytest.raises(subprocess.CalledProcessError) as refused:
             dbmate(url, "rollback")
         assert line in refused.value.stderr.decode()
         assert money(connection) == before
         dbmate(url, "migrate")
         assert apply(connection, deposit("other", A, 5)).operation_uuid == A
+
+
+BEFORE_HOLDS = [path for path in MIGRATIONS if path.stem < "20261129100001"]
+
+
+def test_a_ledger_from_before_holds_is_migrated_with_its_money(
+    empty_database: Callable[[], str], tmp_path: Path
+) -> None:
+    url = empty_database()
+    for path in BEFORE_HOLDS:
+        (tmp_path / path.name).write_text(path.read_text())
+    dbmate(url, "migrate", "--migrations-dir", str(tmp_path))
+    with psycopg.connect(url, autocommit=True) as connection:
+        create(connection, {"w": 100, "v": 0, "u": 5}, statuses={"u": "FROZEN"})
+        apply(connection, transfer("w", "v", A, 30, metadata={"a": 1}))
+        assert outcome(connection, hold("w", X, 10)) == "WA400"
+        before, was = money(connection), catalogue(connection)
+
+        dbmate(url, "migrate")
+        assert money(connection) == before
+        assert call(connection, "contract_version")[0].contract_version == 4
+        assert call(connection, "verify") == []
+        for _ in MIGRATIONS[len(BEFORE_HOLDS) :]:
+            dbmate(url, "rollback")
+        assert (money(connection), catalogue(connection)) == (before, was)
+
+        dbmate(url, "migrate")
+        for request in (hold("w", X, 70), transfer("w", "v", B, 50, hold=X), hold("u", Y, 5, "WA403")):
+            assert outcome(connection, request) == request.outcome
+        assert balances(connection, ["w", "v", "u"]) == {"w": 20, "v": 80, "u": 5}
+        assert call(connection, "verify") == []
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_a_ledger_with_holds_is_not_rolled_back(ended: bool, empty_database: Callable[[], str]) -> None:
+    url = empty_database()
+    dbmate(url, "migrate")
+    with psycopg.connect(url, autocommit=True) as connection:
+        create(connection, {"w": 100}, holds=[hold("w", X, 10)])
+        if ended:
+            apply(connection, release("w", A, X))
+        before = money(connection)
+        dbmate(url, "rollback")
+        with pytest.raises(subprocess.CalledProcessError) as refused:
+            dbmate(url, "rollback")
+        assert "refused: the ledger has holds" in refused.value.stderr.decode()
+        assert money(connection) == before
+        assert outcome(connection, hold("w", Y, 5)) is None
+
+
+def test_a_migration_lets_readers_go_on_while_it_waits_for_the_view(empty_database: Callable[[], str]) -> None:
+    url = empty_database()
+    with psycopg.connect(url, autocommit=True) as connection, psycopg.connect(url) as long:
+        dbmate(url, "migrate")
+        create(connection, {"w": 5})
+        for _ in MIGRATIONS[len(BEFORE_HOLDS) :]:
+            dbmate(url, "rollback")
+        long.execute("select from wallet.balance")
+        with ThreadPoolExecutor(1) as pool:
+            migrating = pool.submit(dbmate, url, "migrate")
+            began, slowest = time.monotonic(), 0.0
+            while time.monotonic() < began + 1.5:
+                asked = time.monotonic()
+                assert balances(connection, ["w"]) == {"w": 5}
+                slowest = max(slowest, time.monotonic() - asked)
+            assert not migrating.done()
+            long.rollback()
+            migrating.result()
+        assert slowest < 1
+        assert call(connection, "contract_version")[0].contract_version == 4
+
+
+def test_the_demonstration_is_rolled_back_with_its_holds(deployed: str, service: psycopg.Connection) -> None:
+    create(service, {"w": 100}, holds=[hold("w", X, 60)])
+    dbmate(deployed, "testdata migrate")
+    apply(service, hold("1111111111", Y, 600))
+    dbmate(deployed, "testdata rollback")
+    assert [row.hold_uuid for row in call(service, "list_holds", "w")] == [X]
+    assert call(service, "verify") == []
 
 
 def test_an_index_whose_building_was_interrupted_is_built_again(empty_database: Callable[[], str]) -> None:
@@ -507,7 +590,7 @@ def test_a_migration_lets_others_go_on_while_it_waits_for_its_locks(empty_databa
     with psycopg.connect(url, autocommit=True) as connection, psycopg.connect(url) as long:
         dbmate(url, "migrate")
         create(connection, {"w": 5})
-        for _ in range(2):
+        for _ in [path for path in MIGRATIONS if path.stem > "20261129000005"]:
             dbmate(url, "rollback")
         long.execute("select from wallet.operation")
         with ThreadPoolExecutor(1) as pool:

@@ -25,12 +25,15 @@ INTERNAL = [
     "select wallet.lock_wallets('{w}')",
     "select wallet.wait_for_wallet('w', '1s')",
     "select wallet.seq_before('w', now())",
+    "select wallet.record_expiries('w', now())",
+    "select wallet.apply_request('w', gen_random_uuid(), 'DEPOSIT', 1, null, null, null, null, null)",
 ]
 READING = [
     "select wallet.get_wallet('w')",
     "select wallet.get_operation('w', 'aaaaaaaa-0000-4000-8000-000000000000')",
     "select wallet.list_operations('w')",
     "select wallet.list_wallets()",
+    "select wallet.list_holds('w')",
     "select wallet.contract_version()",
     "select wallet.verify()",
 ]
@@ -39,18 +42,28 @@ WRITING = [
     "select wallet.set_status('w', 'OPEN')",
     "select wallet.apply_operation('w', gen_random_uuid(), 'DEPOSIT', 1)",
     "select wallet.apply_operations('{w}', array[gen_random_uuid()], '{DEPOSIT}', '{1}')",
+    "select wallet.expire_holds('w')",
     "do 'begin perform wallet.raise_too_late(); exception when query_canceled then end'",
 ]
-SELECTS = ["select from wallet.wallet", "select from wallet.operation", "select from wallet.balance"]
+SELECTS = [
+    "select from wallet.wallet",
+    "select from wallet.operation",
+    "select from wallet.hold",
+    "select from wallet.balance",
+]
 TAMPERING = [
     "insert into wallet.wallet (uuid) values ('forged')",
     "insert into wallet.operation values ('w', 'DEPOSIT', gen_random_uuid(), 2, 1, 101)",
     "update wallet.wallet set status = 'CLOSED'",
+    "insert into wallet.hold values ('w', gen_random_uuid(), 1, 1, null, now())",
     "update wallet.operation set amount = 1000000",
+    "update wallet.hold set amount = 1",
     "delete from wallet.wallet",
     "delete from wallet.operation",
+    "delete from wallet.hold",
     "truncate wallet.wallet",
     "truncate wallet.operation",
+    "truncate wallet.hold",
     "do 'begin lock table wallet.wallet; end'",
     "select from wallet.wallet for update",
     "select nextval('wallet.wallet_id_seq')",
@@ -235,7 +248,7 @@ def test_nobody_but_the_owner_may_change_a_table(superuser: psycopg.Connection) 
         select distinct c.relname::text, a.grantee::regrole::text, a.privilege_type
         from pg_class as c, aclexplode(c.relacl) as a
         where c.relnamespace = 'wallet'::regnamespace and a.grantee <> c.relowner order by 1, 2, 3""").fetchall()
-    assert privileges == [(name, "wallet_reader", "SELECT") for name in ("balance", "operation", "wallet")]
+    assert privileges == [(name, "wallet_reader", "SELECT") for name in ("balance", "hold", "operation", "wallet")]
 
 
 @pytest.mark.parametrize(

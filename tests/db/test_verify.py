@@ -6,12 +6,18 @@ from uuid import UUID, uuid4
 import psycopg
 import pytest
 
-from tests.cases import MAX, A, B, C, deposit, withdraw
-from tests.db.door import apply, call, create
+from tests.cases import FUTURE, MAX, A, B, C, D, X, Y, deposit, hold, release, withdraw
+from tests.db.door import apply, apply_all, call, create, let_expire
 
 WALLETS = ("w", "v", "u")
 CHAIN = "balance_after follows from the operation before"
 SIDES = "both sides of a transfer agree"
+HELD = "held_after follows from the operation before"
+AVAILABLE = "available is not negative"
+OPEN = "open holds are those without an end"
+ENDS = "a hold has one end"
+BELONGS = "an end belongs to a hold before it"
+IN_TIME = "a hold ends before it is due, or expires then"
 
 FIRST, SECOND, THIRD, TRANSFER, RECEIVE = (
     f"update wallet.operation set {{}} where {row}"
@@ -80,12 +86,12 @@ def change(connection: psycopg.Connection, row: str, assignment: str) -> None:
             "alter table wallet.operation drop constraint operation_held_after_check;"
             "insert into wallet.operation (wallet_uuid, operation_type, operation_uuid, seq, amount, balance_after)"
             " values ('v', 'WITHDRAW', gen_random_uuid(), 2, 21, -1)",
-            {"operation is well formed"},
+            {"operation is well formed", AVAILABLE},
         ),
         (
             "insert into wallet.operation (wallet_uuid, operation_type, operation_uuid, seq, amount, balance_after)"
             " values ('v', 'EXPIRE', gen_random_uuid(), 2, 1, 20)",
-            {CHAIN, "operation is well formed"},
+            {"operation has no nulls"},
         ),
         (
             "drop index wallet.operation_requested_idx;"
@@ -149,10 +155,11 @@ def change(connection: psycopg.Connection, row: str, assignment: str) -> None:
             FIRST.format("counterparty_uuid = 'v'"),
             {"a transfer and nothing else has a counterparty"},
         ),
-        # Columns for holds, of which there are none yet
-        (SECOND.format("held_after = 1"), {"nothing is held"}),
-        (SECOND.format("hold_uuid = operation_uuid"), {"nothing is held"}),
-        (SECOND.format("expires_at = created_at"), {"nothing is held"}),
+        # What stands with holds only
+        (SECOND.format("held_after = 1"), {HELD}),
+        (SECOND.format("hold_uuid = operation_uuid"), {BELONGS}),
+        (FIRST.format("hold_uuid = operation_uuid"), {"operation is well formed", BELONGS}),
+        (SECOND.format("expires_at = created_at + interval '1 hour'"), {"operation is well formed"}),
         # Metadata
         (SECOND.format("metadata = '[]'"), {"operation is well formed"}),
         (SECOND.format("metadata = '{}'"), {"operation is well formed"}),
@@ -178,6 +185,104 @@ def test_the_audit_finds_what_was_tampered_with(
     assert {row.invariant for row in faults} == invariants
     assert {row.wallet_uuid for row in faults} <= {"w", "v", "a b", "copy"}
     assert all(row.detail for row in faults)
+
+
+# Holds
+
+
+def row(seq: int, assignment: str) -> str:
+    return f"update wallet.operation set {assignment} where wallet_uuid = 'w' and seq = {seq}"
+
+
+@pytest.mark.parametrize(
+    ("tampering", "invariants"),
+    [
+        # 1 DEPOSIT 100, 2 HOLD X 30, 3 HOLD Y 20 until FUTURE, 4 HOLD A 10, 5 HOLD B 5 and 6 HOLD C 4 until one
+        # moment, 7 and 8 EXPIRE of B and C, 9 WITHDRAW 10 of X, 10 RELEASE of A, 11 HOLD D 40; open: Y, D
+        ("delete from wallet.hold where seq = 11", {OPEN}),
+        ("update wallet.hold set amount = 41 where seq = 11", {OPEN}),
+        ("update wallet.hold set expires_at = null where seq = 3", {OPEN}),
+        ("update wallet.hold set expires_at = expires_at + interval '1 us' where seq = 3", {OPEN}),
+        ("update wallet.hold set seq = 1 where seq = 3", {OPEN}),
+        ("update wallet.hold set created_at = created_at - interval '1 us' where seq = 3", {OPEN}),
+        ("update wallet.hold set wallet_uuid = 'v' where seq = 3", {OPEN}),
+        ("update wallet.hold set hold_uuid = gen_random_uuid() where seq = 3", {OPEN}),
+        ("insert into wallet.hold values ('w', gen_random_uuid(), 99, 1, null, now())", {OPEN}),
+        (
+            "insert into wallet.hold select wallet_uuid, operation_uuid, seq, amount, expires_at, created_at"
+            " from wallet.operation where wallet_uuid = 'w' and seq = 2",
+            {OPEN},
+        ),
+        (
+            "update wallet.hold set expires_at = created_at + interval '1 us' where seq = 3;"
+            "update wallet.operation set expires_at = created_at + interval '1 us' where wallet_uuid = 'w' and seq = 3",
+            {"an operation records the holds that are due"},
+        ),
+        (
+            "insert into wallet.operation select wallet_uuid, 'RELEASE', gen_random_uuid(), 12, 30, balance_after,"
+            " created_at, held_after - 30, null, (select operation_uuid from wallet.operation where seq = 2)"
+            " from wallet.operation where seq = 11",
+            {ENDS},
+        ),
+        (row(2, "held_after = 29"), {HELD}),
+        (row(11, "held_after = 0"), {HELD}),
+        (
+            "alter table wallet.operation drop constraint operation_held_after_check;" + row(11, "held_after = -1"),
+            {HELD, AVAILABLE},
+        ),
+        (
+            "alter table wallet.operation drop constraint operation_held_after_check;" + row(11, "held_after = 91"),
+            {HELD, AVAILABLE},
+        ),
+        (row(2, "amount = 31"), {HELD}),
+        (row(9, "amount = 31, balance_after = 69"), {BELONGS, CHAIN}),
+        (row(9, "hold_uuid = null"), {HELD, OPEN}),
+        (row(9, "hold_uuid = gen_random_uuid()"), {HELD, OPEN, BELONGS}),
+        (
+            row(9, "hold_uuid = (select operation_uuid from wallet.operation where wallet_uuid = 'w' and seq = 11)"),
+            {HELD, OPEN, BELONGS},
+        ),
+        (row(10, "operation_type = 'EXPIRE', operation_uuid = hold_uuid"), {IN_TIME}),
+        (row(10, "amount = 9"), {BELONGS}),
+        (row(10, "hold_uuid = null"), {"operation has no nulls", HELD, OPEN}),
+        (row(10, "expires_at = created_at + interval '1 day'"), {"operation is well formed"}),
+        (row(7, "amount = 4"), {BELONGS}),
+        (row(7, "operation_uuid = gen_random_uuid()"), {"operation is well formed"}),
+        (row(7, "metadata = '{\"a\": 1}'"), {"operation is well formed"}),
+        (row(7, "operation_type = 'RELEASE', operation_uuid = gen_random_uuid()"), {IN_TIME}),
+        (row(8, "created_at = created_at + interval '1 us'"), {IN_TIME}),
+        (row(7, "created_at = created_at - interval '1 us'"), {IN_TIME}),
+        (row(5, "expires_at = expires_at + interval '1 us'"), {IN_TIME}),
+        (row(5, "expires_at = null"), {IN_TIME}),
+        (row(5, "expires_at = created_at"), {IN_TIME, "operation is well formed"}),
+        (row(2, "expires_at = created_at + interval '1 us'"), {IN_TIME}),
+        (row(2, "hold_uuid = operation_uuid"), {"operation is well formed", BELONGS, ENDS, HELD}),
+        (row(2, "operation_type = 'DEPOSIT', balance_after = 130"), {HELD, BELONGS, CHAIN}),
+        ("update wallet.operation set wallet_uuid = 'v' where seq = 2", {HELD, BELONGS, CHAIN, "seq has no gap"}),
+    ],
+)  # fmt: skip
+def test_the_audit_finds_what_was_tampered_with_in_holds(
+    tampering: str, invariants: set[str], service: psycopg.Connection, superuser: psycopg.Connection
+) -> None:
+    create(service, {"w": 100, "v": 0})
+    apply_all(service, [hold("w", X, 30), hold("w", Y, 20, expires_at=FUTURE), hold("w", A, 10)])
+    let_expire(service, [hold("w", B, 5), hold("w", C, 4)])
+    for request in (withdraw("w", uuid4(), 10, hold=X), release("w", uuid4(), A), hold("w", D, 40)):
+        apply(service, request)
+    assert [row.operation_type for row in call(service, "list_operations", "w")][:5] == [
+        "HOLD",
+        "RELEASE",
+        "WITHDRAW",
+        "EXPIRE",
+        "EXPIRE",
+    ]
+    assert call(service, "verify") == []
+
+    superuser.execute(tampering.encode())
+
+    faults = call(service, "verify")
+    assert {fault.invariant for fault in faults} == invariants
+    assert all(fault.detail for fault in faults)
 
 
 def test_a_wallet_with_another_name_is_found(tampering: psycopg.Connection) -> None:

@@ -6,6 +6,7 @@ import itertools
 import time
 from collections import deque
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
 from random import Random
 from typing import Any, NamedTuple
 from uuid import UUID
@@ -26,7 +27,9 @@ CAPITAL = 100
 """What each of them is given at first."""
 OTHER = "duplicate of another request"
 RECENT = 200
-"""Operations, answered or not, of which one is sent again now and then."""
+"""Operations, answered or not, of which one is sent again now and then; HOLDs, of which one is ended."""
+LIVES = (None, None, 3600.0, 0.05, 0.3, 1.0, 3.0)
+"""Seconds until a hold expires; None: never."""
 
 
 class Answer(NamedTuple):
@@ -100,7 +103,7 @@ class Connection:
 
 
 class Load:
-    """Clients that deposit, withdraw and transfer until they are told to stop, through the REST door on a port.
+    """Clients that deposit, withdraw, transfer, hold, capture and release until they are told to stop, over REST.
 
     Most money is on one hot wallet; withdrawals are larger than deposits, so that wallets are empty again and again.
     Operations are sent again while they are under way and after they were answered, by POST, PUT and in bulk. An atomic
@@ -118,6 +121,7 @@ class Load:
         self._random = random
         self._over = False
         self._recent: deque[Operation] = deque(maxlen=RECENT)
+        self._holds: deque[Operation] = deque(maxlen=RECENT)
         self._requests = itertools.count(1)
 
     @contextlib.asynccontextmanager
@@ -279,14 +283,19 @@ class Load:
 
     def _next(self, random: Random) -> Operation:
         """Return an operation to ask for: a new one, one of an atomic request, or one that was asked for before."""
-        match random.choices(("new", "transfer", "circle", "together", "again"), (60, 15, 10, 5, 10))[0]:
+        kinds = ("new", "transfer", "circle", "together", "payment", "hold", "end", "again")
+        match random.choices(kinds, (40, 13, 8, 5, 2, 9, 13, 10))[0]:
             case "again" if self._recent:
                 return random.choice(self._recent)
             case "together":
-                bundle = [self._new(random, transfers=0.4) for _ in range(random.randint(2, 5))]
-                for operation in bundle:
-                    operation.bundle = bundle
-                return bundle[0]
+                return self._together([self._new(random, transfers=0.4) for _ in range(random.randint(2, 5))])
+            case "payment":
+                hold = self._hold(random, lives=(None, 3600.0))
+                return self._together([hold, self._end(random, hold), self._new(random, hold.wallet, "WITHDRAW")])
+            case "hold":
+                return self._hold(random)
+            case "end" if self._holds:
+                return self._end(random, random.choice(self._holds))
             case "transfer":
                 return self._new(random, transfers=1)
             case "circle":
@@ -294,9 +303,34 @@ class Load:
                 return self._operation(payer, "TRANSFER", random.randint(1, CAPITAL), payee)
         return self._new(random)
 
+    def _together(self, bundle: list[Operation]) -> Operation:
+        """Put operations in one atomic request and return the first."""
+        for operation in bundle:
+            operation.bundle = bundle
+        return bundle[0]
+
+    def _hold(self, random: Random, lives: tuple[float | None, ...] = LIVES) -> Operation:
+        wallet = HOT if random.random() < 0.4 else random.choice(WALLETS)
+        operation = self._operation(wallet, "HOLD", random.randint(1, 100))
+        seconds = random.choice(lives)
+        if seconds is not None:
+            operation.due = time.monotonic() + seconds
+            operation.expires_at = (datetime.now(UTC) + timedelta(seconds=seconds)).isoformat()
+        self._holds.append(operation)
+        return operation
+
+    def _end(self, random: Random, hold: Operation) -> Operation:
+        """Return a capture of a hold, of part of it or now and then of more than it is, or its release."""
+        kind = random.choice(("WITHDRAW", "TRANSFER", "RELEASE"))
+        payee = random.choice([one for one in WALLETS if one != hold.wallet]) if kind == "TRANSFER" else None
+        amount = hold.amount if random.random() < 0.5 else random.randint(1, hold.amount + hold.amount // 4)
+        operation = self._operation(hold.wallet, kind, hold.amount if kind == "RELEASE" else amount, payee)
+        operation.hold = hold.uuid
+        return operation
+
     def _applied_before(self, random: Random) -> Operation | None:
-        """Return an operation that is known to be applied."""
-        known = [one for one in self._recent if one.acknowledged is not None]
+        """Return an operation with an amount that is known to be applied."""
+        known = [one for one in self._recent if one.acknowledged is not None and one.kind != "RELEASE"]
         return random.choice(known) if known else None
 
     def _new(
@@ -319,7 +353,19 @@ class Load:
     def _some(self, random: Random, count: int) -> list[Operation]:
         alone = [operation for operation in self._recent if not operation.bundle]
         again = random.sample(alone, min(len(alone), count // 4))
-        return [*again, *(self._new(random, transfers=0.3) for _ in range(count - len(again)))]
+        return [*again, *self._several(random, count - len(again))]
+
+    def _several(self, random: Random, count: int) -> list[Operation]:
+        """Return new operations, some of them holds and ends, in any order."""
+        several: list[Operation] = []
+        while len(several) < count:
+            if random.random() < 0.2:
+                several.append(self._hold(random))
+            if random.random() < 0.3 and self._holds:
+                several.append(self._end(random, random.choice((self._holds[-1], random.choice(self._holds)))))
+            several.append(self._new(random, transfers=0.3))
+        random.shuffle(several)
+        return several
 
     def _write_down(self, connection: Connection, operation: Operation) -> Attempt:
         attempt = Attempt(time.monotonic(), first_on_connection=connection.answers == 0)
@@ -372,9 +418,13 @@ class Load:
 
     async def _read(self, connection: Connection, wallet: str) -> None:
         sent = time.monotonic()
-        answer = await self._answer(connection, f"/api/v1/wallets/{wallet}")
+        path = self._random.choice(("", "/balance"))
+        answer = await self._answer(connection, f"/api/v1/wallets/{wallet}{path}")
         if answer is not None and answer.status == 200:
-            self.history.reads.append(Read(wallet, sent, time.monotonic(), answer.body["balance"]))
+            balance, held = answer.body["balance"], answer.body.get("held")
+            self.history.reads.append(Read(wallet, sent, time.monotonic(), balance, held))
+            if held is not None and (answer.body["available"] != balance - held or held > balance):
+                self.history.complaints["a balance whose available is not what is not held"] += 1
 
     async def _read_snapshots(self, database: str) -> None:
         """Look at all wallets in one snapshot, again and again: money is in one place at any time."""
@@ -390,6 +440,8 @@ class Load:
                             self.history.complaints["a snapshot in which the circle holds another sum"] += 1
                         if number % 25 == 0 and await connection.fetchval(UNBALANCED, timeout=5):
                             self.history.complaints["a snapshot whose sum is not deposits minus withdrawals"] += 1
+                        if number % 25 == 0 and await connection.fetchval(MISHELD, timeout=5):
+                            self.history.complaints["a snapshot in which ledger and open holds disagree"] += 1
                         await asyncio.sleep(0.02)
                 finally:
                     connection.terminate()
@@ -427,14 +479,27 @@ UNBALANCED = """
 """
 """Whether the wallets hold anything but deposits minus withdrawals."""
 
+MISHELD = """
+    select count(*)
+    from wallet.wallet as w
+    cross join lateral (
+      select o.held_after from wallet.operation as o where o.wallet_uuid = w.uuid order by o.seq desc limit 1
+    ) as o
+    where o.held_after <> (select coalesce(sum(h.amount), 0) from wallet.hold as h where h.wallet_uuid = w.uuid)
+"""
+"""How many wallets' open holds sum up to something else than what their last operation says."""
+
 
 def _body(operation: Operation) -> dict[str, object]:
-    body: dict[str, object] = {
+    body = {
         "operation_uuid": str(operation.uuid),
         "operation_type": operation.kind,
-        "amount": operation.amount,
+        "amount": None if operation.kind == "RELEASE" else operation.amount,
+        "counterparty_uuid": operation.payee,
+        "hold_uuid": operation.hold,
+        "expires_at": operation.expires_at,
     }
-    return body if operation.payee is None else body | {"counterparty_uuid": operation.payee}
+    return {name: value for name, value in body.items() if value is not None}
 
 
 def _row(shown: dict[str, Any]) -> Row:
@@ -447,6 +512,8 @@ def _row(shown: dict[str, Any]) -> Row:
         shown["amount"],
         shown["balance_after"],
         shown.get("counterparty_uuid"),
+        UUID(shown["hold_uuid"]) if "hold_uuid" in shown else None,
+        shown["held_after"],
     )
 
 
@@ -460,6 +527,8 @@ def _applied(operation: Operation, result: dict[str, Any]) -> Row:
         operation.amount,
         result["balance_after"],
         operation.payee,
+        operation.hold,
+        result["held_after"],
     )
 
 

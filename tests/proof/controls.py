@@ -34,6 +34,10 @@ async def nothing_happens(trial: Trial) -> None:
     await trial.load.progress(500)
 
 
+async def little_happens(trial: Trial) -> None:
+    await trial.load.progress(100)
+
+
 async def an_answer_is_lost(trial: Trial) -> None:
     assert trial.stand.proxy is not None
     async with asyncio.timeout(10):
@@ -46,6 +50,13 @@ def without_row_locks() -> str:
     unlocked, locks = re.subn(r"^\s*for (no key )?update( skip locked)?\b", "", sources, flags=re.MULTILINE)
     assert locks
     return unlocked
+
+
+def but(function: str, correct: str, wrong: str) -> str:
+    """Return a function with something else in the place of a part of it."""
+    source = (FUNCTIONS / f"{function}.sql").read_text()
+    assert source.count(correct) == 1, correct
+    return source.replace(correct, wrong)
 
 
 @dataclass(frozen=True)
@@ -87,6 +98,27 @@ CONTROLS = {
             "a snapshot whose sum is not deposits minus withdrawals",
         ),
         scripts=(PAYEE_LEFT_OUT,),
+    ),
+    "control-hold-stays-open": Control(
+        little_happens,
+        ("the open holds are those without an end", "a hold has one end at most"),
+        scripts=(
+            but(
+                "apply_operations", "where h.hold_uuid = any(v_closing)", "where false and h.hold_uuid = any(v_closing)"
+            ),
+        ),
+    ),
+    "control-expired-hold-captured": Control(
+        nothing_happens,
+        ("a hold has one end at most", "nothing is taken from a hold that is due"),
+        scripts=(
+            but("apply_operations", "case when (h.expires_at <= v_now) is not true then h.amount end", "h.amount"),
+        ),
+    ),
+    "control-rest-of-a-hold-lost": Control(
+        little_happens,
+        ("held after follows",),
+        scripts=(but("apply_operations", "v_helds[v_number] - v_available", "v_helds[v_number] - v_amount"),),
     ),
     "control-atomic-in-parts": Control(
         nothing_happens,

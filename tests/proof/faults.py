@@ -501,6 +501,9 @@ async def check(running: Stand, load: Load, account: Account) -> None:
     account.counts["attempts"] += len(attempts)
     account.counts["applied"] += applied
     account.counts["rejected"] += len(history.operations) - applied
+    kinds = Counter("capture" if row.hold and row.change else row.kind for row in books.ledger)
+    for kind in ("HOLD", "capture", "RELEASE", "EXPIRE"):
+        account.counts[f"{kind} recorded"] += kinds[kind]
     account.counts["unknown"] += attempts.count(UNKNOWN)
     account.counts["settled at the end"] += len(unknown)
     account.counts["5xx"] += sum(times for status, times in history.statuses.items() if status >= 500)

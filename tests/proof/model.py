@@ -2,6 +2,7 @@
 
 A sequence starts from an empty ledger and takes its names, operation_uuids and amounts from small sets, so that
 repeats, unknown wallets, empty wallets and full ones come about by themselves. After each step both doors are read.
+Time passes for a hold in a step of its own, which sets its `expires_at` to the database's clock.
 """
 
 import http.client
@@ -10,6 +11,7 @@ import traceback
 from copy import deepcopy
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from random import Random
 from typing import Any, NamedTuple
 from urllib.parse import quote
 from uuid import UUID
@@ -29,7 +31,7 @@ from hypothesis.stateful import (
 from psycopg.types.json import Jsonb
 
 from tests.api.test_process import Service
-from tests.cases import MAX, MESSAGES, NIL, PROBLEMS
+from tests.cases import FUTURE, MAX, MESSAGES, NIL, PAST, PROBLEMS
 from tests.db.door import call
 from tests.proof.section import Account, Scale
 from tests.proof.service import database, service
@@ -41,7 +43,7 @@ NAMES = ["a", "A", "z" * 64]
 BAD_NAMES = ["", "a b", "a\n", "wället", "z" * 65, None]
 OPERATIONS = [UUID(int=number << 64 | 7) for number in range(1, 13)]
 AMOUNTS = [1, 2, 3, 50, 2**62, MAX - 2, MAX - 1, MAX]
-TYPES = ["DEPOSIT", "WITHDRAW", "TRANSFER"]
+TYPES = ["DEPOSIT", "WITHDRAW", "TRANSFER", "HOLD", "RELEASE"]
 CURRENCIES = [None, "EUR", "POINTS"]
 BAD_CURRENCIES = ["", "eur", "EU", "E" * 13]
 STATUSES = ["OPEN", "FROZEN", "CLOSED"]
@@ -58,6 +60,8 @@ class Request(NamedTuple):
     type: Any
     amount: Any
     counterparty: Any = None
+    hold: Any = None
+    expires_at: Any = None
     metadata: Any = None
 
 
@@ -69,13 +73,28 @@ class Recorded(NamedTuple):
     type: str
     amount: int
     counterparty: str | None
+    hold: UUID | None
+    expires_at: datetime | None
     metadata: Any
     balance_after: int
+    held_after: int
     seq: int
 
     def is_same(self, asked: Request) -> bool:
         """Tell whether it is what somebody asks for."""
-        return self[1:6] == (*asked[1:5], asked.metadata or None)
+        amount = self.amount if asked.type == "RELEASE" else asked.amount
+        return self[1:8] == (*asked[1:3], amount, *asked[4:7], asked.metadata or None)
+
+
+@dataclass
+class Hold:
+    """A hold for which no end is recorded."""
+
+    uuid: UUID
+    seq: int
+    amount: int
+    expires_at: datetime | None
+    is_due: bool = False
 
 
 @dataclass
@@ -83,10 +102,29 @@ class Wallet:
     currency: str | None
     status: str = "OPEN"
     history: list[Recorded] = field(default_factory=list)
+    holds: dict[UUID, Hold] = field(default_factory=dict)
 
     @property
     def balance(self) -> int:
         return self.history[-1].balance_after if self.history else 0
+
+    @property
+    def open_holds(self) -> list[Hold]:
+        return [hold for hold in self.holds.values() if not hold.is_due]
+
+    @property
+    def due_holds(self) -> list[Hold]:
+        """Those whose end is due, in the order in which it is to be recorded."""
+        due = [(hold.expires_at, hold.seq, hold) for hold in self.holds.values() if hold.is_due and hold.expires_at]
+        return [hold for *_, hold in sorted(due)]
+
+    @property
+    def held(self) -> int:
+        return sum(hold.amount for hold in self.open_holds)
+
+    @property
+    def available(self) -> int:
+        return self.balance - self.held
 
 
 class Model:
@@ -95,7 +133,7 @@ class Model:
     def __init__(self) -> None:
         self.wallets: dict[str, Wallet] = {}
         self.operations: dict[UUID, Recorded] = {}
-        """What somebody asked for, by its name: no `RECEIVE`."""
+        """What somebody asked for, by its name: no `RECEIVE`, no `EXPIRE`."""
 
     def create(self, wallet: str, currency: str | None = None) -> str | None:
         """Create a wallet and return None, or the SQLSTATE of the refusal."""
@@ -119,45 +157,83 @@ class Model:
 
     def apply(self, asked: Request) -> str | None:
         """Apply an operation and return None, or the SQLSTATE of the refusal."""
-        is_transfer = asked.type == "TRANSFER"
-        if (
-            asked.wallet in BAD_NAMES
-            or asked.operation in (None, NIL)
-            or asked.type not in TYPES
-            or asked.amount is None
-            or asked.amount < 1
-            or is_transfer is (asked.counterparty is None)
-            or (is_transfer and asked.counterparty in (asked.wallet, *BAD_NAMES))
-            or asked.metadata in BAD_METADATA
-        ):
+        if self._is_malformed(asked):
             return "WA400"
+        is_transfer = asked.type == "TRANSFER"
         if asked.wallet not in self.wallets or (is_transfer and asked.counterparty not in self.wallets):
             return "WA404"
         if asked.operation in self.operations:
             return "WA409"
         wallet = self.wallets[asked.wallet]
         payee = self.wallets[asked.counterparty] if is_transfer else None
+        held = self.operations.get(asked.hold)
+        if asked.hold and (held is None or (held.wallet, held.type) != (asked.wallet, "HOLD")):
+            return "WA424"
+        hold = wallet.holds.get(asked.hold)
+        if asked.expires_at == PAST or (asked.hold and (hold is None or hold.is_due)):
+            return "WA410"
         if "CLOSED" in (wallet.status, payee and payee.status):
             return "WA405"
-        if wallet.status == "FROZEN" and asked.type != "DEPOSIT":
+        if wallet.status == "FROZEN" and asked.type not in ("DEPOSIT", "RELEASE"):
             return "WA403"
         if payee and wallet.currency != payee.currency:
             return "WA422"
-        if asked.type != "DEPOSIT" and wallet.balance < asked.amount:
+        available = hold.amount if hold else wallet.available
+        if asked.type in ("WITHDRAW", "TRANSFER", "HOLD") and available < asked.amount:
             return "WA402"
         gaining = wallet if asked.type == "DEPOSIT" else payee
         if gaining and gaining.balance + asked.amount > MAX:
             return "WA416"
-        change = asked.amount if asked.type == "DEPOSIT" else -asked.amount
-        self.operations[asked.operation] = self._record(asked, change)
+
+        self.expire(asked.wallet)
+        change = {"DEPOSIT": 1, "WITHDRAW": -1, "TRANSFER": -1}.get(asked.type, 0) * (asked.amount or 0)
+        released = wallet.holds.pop(asked.hold).amount if hold else -asked.amount if asked.type == "HOLD" else 0
+        if asked.type == "RELEASE":
+            asked = asked._replace(amount=released)
+        recorded = self._record(asked, change, -released)
+        self.operations[asked.operation] = recorded
+        if asked.type == "HOLD":
+            wallet.holds[asked.operation] = Hold(asked.operation, recorded.seq, asked.amount, asked.expires_at)
         if payee:
-            self._record(asked._replace(wallet=asked.counterparty, type="RECEIVE", counterparty=asked.wallet), -change)
+            self.expire(asked.counterparty)
+            received = Request(asked.counterparty, asked.operation, "RECEIVE", asked.amount, asked.wallet)
+            self._record(received._replace(metadata=asked.metadata), -change, 0)
         return None
 
-    def _record(self, asked: Request, change: int) -> Recorded:
-        wallet = self.wallets[asked.wallet]
-        recorded = Recorded(*asked[:5], asked.metadata or None, wallet.balance + change, len(wallet.history) + 1)
-        wallet.history.append(recorded)
+    def _is_malformed(self, asked: Request) -> bool:
+        """Tell whether no wallet could accept it."""
+        is_transfer = asked.type == "TRANSFER"
+        return (
+            asked.wallet in BAD_NAMES
+            or asked.operation in (None, NIL)
+            or asked.type not in TYPES
+            or (asked.type == "RELEASE") is not (asked.amount is None)
+            or (asked.amount is not None and asked.amount < 1)
+            or is_transfer is (asked.counterparty is None)
+            or (is_transfer and asked.counterparty in (asked.wallet, *BAD_NAMES))
+            or asked.hold == NIL
+            or (asked.hold is not None and asked.type in ("DEPOSIT", "HOLD"))
+            or (asked.hold is None and asked.type == "RELEASE")
+            or (asked.expires_at is not None and asked.type != "HOLD")
+            or asked.metadata in BAD_METADATA
+        )
+
+    def expire(self, name: str, limit: int | None = None) -> int:
+        """Record the end of holds that are due, the first `limit` of them, and return how many."""
+        wallet = self.wallets[name]
+        due = wallet.due_holds[:limit]
+        for hold in due:
+            del wallet.holds[hold.uuid]
+            self._record(Request(name, hold.uuid, "EXPIRE", hold.amount, None, hold.uuid), 0, -hold.amount)
+        return len(due)
+
+    def _record(self, asked: Request, change: int, held: int) -> Recorded:
+        """Record an operation that changes the balance, and what is held, by so much."""
+        history = self.wallets[asked.wallet].history
+        held += history[-1].held_after if history else 0
+        balance = self.wallets[asked.wallet].balance + change
+        recorded = Recorded(*asked[:7], asked.metadata or None, balance, held, len(history) + 1)
+        history.append(recorded)
         return recorded
 
     def apply_all(self, batch: list[Request], atomic: bool) -> list[str | None]:
@@ -199,7 +275,20 @@ class Doors:
         self._superuser = database(running, "postgres")
 
     def empty(self) -> None:
-        self._superuser.execute("truncate wallet.wallet, wallet.operation")
+        self._superuser.execute("truncate wallet.wallet, wallet.operation, wallet.hold")
+
+    def make_due(self, wallet: str, holds: list[UUID]) -> datetime:
+        """Let holds expire now, and return when that is."""
+        now = self._superuser.execute("select clock_timestamp()").fetchone()
+        assert now is not None
+        for table, name in (("hold", "hold_uuid"), ("operation", "operation_uuid")):
+            self._superuser.execute(
+                f"update wallet.{table} set expires_at = %s where wallet_uuid = %s and {name} = any(%s)"
+                + (" and operation_type = 'HOLD'" if table == "operation" else ""),
+                [now[0], wallet, holds],
+            )
+        moment: datetime = now[0]
+        return moment
 
     def close(self) -> None:
         self._http.close()
@@ -234,8 +323,9 @@ class Doors:
             [wallets],
         )
         operations = self._sql.execute(
-            "select o.wallet_uuid, o.operation_uuid, o.operation_type, o.amount, o.counterparty_uuid, o.metadata,"
-            " o.balance_after, o.seq from unnest(%s::text[]) as name, wallet.list_operations(name, null, 1000) as o",
+            "select o.wallet_uuid, o.operation_uuid, o.operation_type, o.amount, o.counterparty_uuid, o.hold_uuid,"
+            " o.expires_at, o.metadata, o.balance_after, o.held_after, o.seq"
+            " from unnest(%s::text[]) as name, wallet.list_operations(name, null, 1000) as o",
             [wallets],
         )
         return (
@@ -245,32 +335,37 @@ class Doors:
         )
 
 
+ITS_WALLET = -1
+"""Stands for the wallet of the hold that a request names."""
 wallets = st.integers(0, 4)
 """Which of a sequence's names: those in NAMES, and then the random ones that the service made up."""
-payments = st.tuples(
-    wallets,
-    st.sampled_from(OPERATIONS),
-    st.sampled_from(TYPES[:2]),
-    st.sampled_from(AMOUNTS),
-    st.none(),
-    st.sampled_from([None] * 8 + METADATA),
+names = st.sampled_from(OPERATIONS)
+amounts = st.sampled_from(AMOUNTS)
+metadata = st.sampled_from([None] * 8 + METADATA)
+nothing = st.none()
+payments = st.tuples(wallets, names, st.sampled_from(TYPES[:2]), amounts, nothing, nothing, nothing, metadata)
+transfers = st.tuples(wallets, names, st.just("TRANSFER"), amounts, wallets, nothing, nothing, metadata)
+held = st.sampled_from(AMOUNTS[:4] * 4 + AMOUNTS)
+expiries = st.sampled_from([None, None, FUTURE, FUTURE, PAST])
+holds = st.tuples(wallets, names, st.just("HOLD"), held, nothing, nothing, expiries, metadata)
+payers = st.sampled_from([ITS_WALLET] * 8 + [0, 1, 2])
+which_holds = st.integers(0, 7)
+"""The wallet of an end, mostly that of its hold; which of the HOLDs that are recorded, the latest first."""
+ends = st.one_of(
+    st.tuples(payers, names, st.just("WITHDRAW"), held, nothing, which_holds, nothing, metadata),
+    st.tuples(payers, names, st.just("TRANSFER"), held, wallets, which_holds, nothing, metadata),
+    st.tuples(payers, names, st.just("RELEASE"), nothing, nothing, which_holds, nothing, metadata),
 )
-transfers = st.tuples(
-    wallets,
-    st.sampled_from(OPERATIONS),
-    st.just("TRANSFER"),
-    st.sampled_from(AMOUNTS),
-    wallets,
-    st.sampled_from([None] * 8 + METADATA),
-)
-good = payments | transfers
+good = payments | transfers | holds | ends
 BAD = [
     *((0, name) for name in BAD_NAMES),
     *((1, operation) for operation in (NIL, None)),
     *((2, kind) for kind in ("deposit", "", None)),
     *((3, amount) for amount in (0, -1, -MAX - 1, None)),
     *((4, payee) for payee in (*BAD_NAMES, 1)),
-    *((5, metadata) for metadata in BAD_METADATA),
+    *((5, hold) for hold in (NIL, None, OPERATIONS[0])),
+    (6, FUTURE),
+    *((7, metadata) for metadata in BAD_METADATA),
 ]
 """What is wrong with a request: the position of a field, and a value for it."""
 
@@ -279,13 +374,14 @@ def spoil(asked: tuple[Any, ...], wrong: tuple[int, Any] | None) -> tuple[Any, .
     return asked if wrong is None else (*asked[: wrong[0]], wrong[1], *asked[wrong[0] + 1 :])
 
 
-mostly_good = st.builds(spoil, good, st.sampled_from([*[None] * 60, *BAD]))
-ITS_OWN_FAULT = [(1, NIL), (4, None), (5, TOO_LARGE)]
+mostly_good = st.builds(spoil, good, st.sampled_from([*[None] * 64, *BAD]))
+ITS_OWN_FAULT = [(1, NIL), (3, None), (4, None), (5, NIL), (5, None), (6, FUTURE), (7, TOO_LARGE)]
 """What is wrong with a request as SQL sees it: in a bulk request it is refused, and the others are not."""
 sendable = st.builds(spoil, good, st.sampled_from([*[None] * 40, *ITS_OWN_FAULT]))
+doors = st.sampled_from(["POST", "PUT", "SQL", "batch"])
 repeats = st.tuples(
     st.integers(0, 30),
-    st.sampled_from(["", "", "wallet", "type", "amount", "counterparty", "metadata", "payee"]),
+    st.sampled_from(["", "", "wallet", "type", "amount", "counterparty", "hold", "expires_at", "metadata", "payee"]),
     wallets,
     st.sampled_from(AMOUNTS),
     st.sampled_from(METADATA),
@@ -302,7 +398,7 @@ uneven_arrays = (
     )
 )
 NO_JSON = [b"", b"{", b"\xff", b"{} {}", b"[]", b"null", b'"text"', b"{}", b"[" * 20_000]
-WRONG_AMOUNTS: list[Any] = [0, -1, MAX + 1, 10**400, 1.5, 2.0**53, "1", True, None, [], float("nan")]
+WRONG_AMOUNTS: list[Any] = [0, -1, MAX + 1, 10**400, 1.5, 2.0**53, "1", True, [], float("nan")]
 WRONG_FIELDS: list[dict[str, Any]] = [
     *({"amount": amount} for amount in WRONG_AMOUNTS),
     *({"operation_type": kind} for kind in ("deposit", "", None, 1, ["DEPOSIT"])),
@@ -310,8 +406,8 @@ WRONG_FIELDS: list[dict[str, Any]] = [
     {"unknown": 1},
     *({"metadata": metadata} for metadata in (*BAD_METADATA[:-1], True)),
     *({"counterparty_uuid": name} for name in (*BAD_NAMES[:-1], 1)),
-    {"hold_uuid": str(OPERATIONS[0])},
-    {"expires_at": "2030-01-01T00:00:00Z"},
+    *({"hold_uuid": uuid} for uuid in ("", "x", 1)),
+    *({"expires_at": moment} for moment in ("", "2030-01-01", "2030-01-01T00:00:00", "infinity", 1)),
 ]
 
 
@@ -337,19 +433,32 @@ class Wallets(RuleBasedStateMachine):
     def name(self, wallet: Any) -> Any:
         return self.names[wallet % len(self.names)] if isinstance(wallet, int) else wallet
 
+    def hold(self, which: Any) -> Any:
+        """Return the name of a HOLD that is recorded, the latest first, or of any operation where there are fewer."""
+        if not isinstance(which, int):
+            return which
+        recorded = [one.operation for one in self.model.operations.values() if one.type == "HOLD"][::-1]
+        return recorded[which] if which < len(recorded) else OPERATIONS[which]
+
     def request(self, asked: tuple[Any, ...]) -> Request:
-        request = Request(self.name(asked[0]), *asked[1:4], self.name(asked[4]), asked[5])
+        hold = self.hold(asked[5])
+        wallet = self.name(asked[0])
+        if asked[0] == ITS_WALLET:
+            wallet = self.model.operations[hold].wallet if hold in self.model.operations else self.name(0)
+        request = Request(wallet, *asked[1:4], self.name(asked[4]), hold, *asked[6:])
         self.touched |= {request.wallet, request.counterparty}
         return request
 
     # Wallets
 
-    @initialize()
-    def create_first(self) -> None:
+    @initialize(expires=st.sampled_from([False, None, FUTURE]))
+    def create_first(self, expires: Any) -> None:
         for wallet in (0, 1):
             assert self.model.create(self.name(wallet)) is None
             assert self.doors.sql("create_wallet", self.name(wallet))[0] is None
         self.over_rest(Request(self.name(0), OPERATIONS[0], "DEPOSIT", 50))
+        if expires is not False:
+            self.over_rest(Request(self.name(0), OPERATIONS[1], "HOLD", 3, expires_at=expires))
 
     @rule(
         wallet=wallets | st.sampled_from(BAD_NAMES[:-1]),
@@ -431,38 +540,46 @@ class Wallets(RuleBasedStateMachine):
         self.step("operation over SQL", self.over_sql(self.request(asked)))
 
     @precondition(lambda self: self.model.operations)
-    @rule(repeat=repeats, door=st.sampled_from(["POST", "PUT", "SQL", "batch"]))
+    @rule(repeat=repeats, door=doors)
     def repeat(self, repeat: tuple[Any, ...], door: str) -> None:
-        asked = self.repeated(*repeat)
+        self.step(f"repeat by {door}", self.by(door, self.repeated(*repeat)))
+
+    def by(self, door: str, asked: Request) -> str | None:
         match door:
             case "POST":
-                outcome = self.over_rest(asked)
+                return self.over_rest(asked)
             case "PUT":
-                outcome = self.by_put(asked)
+                return self.by_put(asked)
             case "SQL":
-                outcome = self.over_sql(asked)
+                return self.over_sql(asked)
             case _:
-                [outcome] = self.by_batch([asked], atomic=False)
-        self.step(f"repeat by {door}", outcome)
+                return self.by_batch([asked], atomic=False)[0]
 
     def repeated(self, which: int, differs: str, wallet: int, amount: int, metadata: Any) -> Request:
         """Return a request for what was applied: the very same, or one that differs in one thing."""
         recorded = list(self.model.operations.values())
-        first = Request(*recorded[which % len(recorded)][:6])
+        first = Request(*recorded[which % len(recorded)][:8])
+        if first.type == "RELEASE":
+            first = first._replace(amount=None)
         other = self.name(wallet)
         match differs:
             case "wallet":
                 first = first._replace(wallet=other)
             case "type":
-                first = first._replace(type="DEPOSIT" if first.type == "WITHDRAW" else "WITHDRAW", counterparty=None)
-            case "amount":
+                kind = "DEPOSIT" if first.type == "WITHDRAW" else "WITHDRAW"
+                first = Request(*first[:2], kind, first.amount or amount, metadata=first.metadata)
+            case "amount" if first.amount:
                 first = first._replace(amount=amount)
-            case "counterparty":
-                first = first._replace(type="TRANSFER", counterparty=other)
+            case "counterparty" if first.amount:
+                first = first._replace(type="TRANSFER", counterparty=other, expires_at=None)
+            case "hold" if first.type in ("WITHDRAW", "TRANSFER", "RELEASE"):
+                first = first._replace(hold=OPERATIONS[which % len(OPERATIONS)])
+            case "expires_at" if first.type == "HOLD":
+                first = first._replace(expires_at=FUTURE if first.expires_at is None else None)
             case "metadata":
                 first = first._replace(metadata=metadata)
             case "payee" if first.counterparty:
-                first = first._replace(wallet=first.counterparty, type="DEPOSIT", counterparty=None)
+                first = first._replace(wallet=first.counterparty, type="DEPOSIT", counterparty=None, hold=None)
         self.touched |= {first.wallet, first.counterparty}
         return first
 
@@ -493,6 +610,80 @@ class Wallets(RuleBasedStateMachine):
         refused(self.doors.rest("POST", path, body), "WA400")
         assert self.doors.sql("apply_operations", *arrays)[0] == "WA400"
         self.step("malformed", "WA400", "WA400")
+
+    # Holds
+
+    @rule(
+        hold=holds,
+        ends=st.lists(ends, min_size=1, max_size=3),
+        order=st.randoms(use_true_random=False),
+        door=st.booleans(),
+    )
+    def hold_and_end_in_one_batch(self, hold: Any, ends: list[Any], order: Random, door: bool) -> None:
+        """A HOLD and several ends of it, in any order."""
+        first = self.request(hold)
+        batch = [first, *(self.request((hold[0], *end[1:5], first.operation, *end[6:])) for end in ends)]
+        order.shuffle(batch)
+        outcomes = self.by_bulk(batch, atomic=False) if door else self.by_batch(batch, atomic=False)
+        self.step("hold and its end in one batch", *outcomes)
+
+    @precondition(lambda self: any(wallet.open_holds for wallet in self.model.wallets.values()))
+    @rule(which=st.integers(0, 7), many=st.booleans(), then=st.none() | payments | transfers | ends, door=doors)
+    def time_passes(self, which: int, many: bool, then: Any, door: str) -> None:
+        """A hold becomes due, or all of its wallet do at one moment; nothing is recorded until something is applied."""
+        holds = [(name, hold) for name, wallet in self.model.wallets.items() for hold in wallet.open_holds]
+        name, chosen = holds[which % len(holds)]
+        wallet = self.model.wallets[name]
+        due = wallet.open_holds if many else [chosen]
+        moment = self.doors.make_due(name, [hold.uuid for hold in due])
+        for hold in due:
+            hold.expires_at, hold.is_due = moment, True
+            recorded = self.model.operations[hold.uuid]._replace(expires_at=moment)
+            wallet.history[hold.seq - 1] = self.model.operations[hold.uuid] = recorded
+        self.touched.add(name)
+        self.both_doors_agree_with_the_model()
+        self.step("time passes", *([] if then is None else [self.by(door, self.request(then))]))
+
+    @rule(wallet=wallets, limit=st.integers(0, 3))
+    def expire_holds(self, wallet: int, limit: int) -> None:
+        name = self.name(wallet)
+        sqlstate, rows = self.doors.sql("expire_holds", name, limit)
+        expected = "WA400" if limit == 0 else None if name in self.model.wallets else "WA404"
+        assert sqlstate == expected
+        if expected is None:
+            assert rows[0][0] == self.model.expire(name, limit)
+        self.touched.add(name)
+        self.step("expire holds", expected)
+
+    @rule(wallet=wallets, limit=st.integers(1, 3))
+    def list_holds(self, wallet: int, limit: int) -> None:
+        name = self.name(wallet)
+        if name not in self.model.wallets:
+            assert self.doors.sql("list_holds", name)[0] == "WA404"
+            refused(self.doors.rest("GET", f"/api/v1/wallets/{name}/holds"), "WA404")
+            return
+        over_rest: list[tuple[Any, ...]] = []
+        over_sql: list[tuple[Any, ...]] = []
+        after: int | None = None
+        while True:
+            query = f"limit={limit}" + (f"&after={after}" if after else "")
+            status, page = self.doors.rest("GET", f"/api/v1/wallets/{name}/holds?{query}")
+            assert status == 200
+            assert len(page["holds"]) <= limit
+            over_rest += [
+                (UUID(one["hold_uuid"]), one["seq"], one["amount"], moment_of(one.get("expires_at")))
+                for one in page["holds"]
+            ]
+            over_sql += [
+                (row.hold_uuid, row.seq, row.amount, row.expires_at)
+                for row in self.doors.sql("list_holds", name, after, limit)[1]
+            ]
+            after = page["next"]
+            if after is None:
+                break
+        expected = [(one.uuid, one.seq, one.amount, one.expires_at) for one in self.model.wallets[name].open_holds]
+        assert over_rest == over_sql == expected
+        self.step("list holds")
 
     # Reads
 
@@ -549,15 +740,19 @@ class Wallets(RuleBasedStateMachine):
         assert moments == sorted(moments)
         if not rows:
             return
-        begin = moments[which % len(rows)]
-        end = moments[min(which % len(rows) + width, len(rows) - 1)]
+        due = [(hold.expires_at, hold.amount) for hold in self.model.wallets[name].due_holds]
+        moments += [moment for moment, _ in due]
+        begin = moments[which % len(moments)]
+        end = moments[min(which % len(moments) + width, len(moments) - 1)]
         last = shown(next(row for row in reversed(rows) if row.created_at <= begin))
         assert last is not None
         held = self.doors.sql("get_wallet", name, begin)[1][0]
         assert (held.balance, held.seq) == (last.balance_after, last.seq)
-        assert (held.held, held.available) == (0, held.balance)
+        held_then = last.held_after - sum(amount for moment, amount in due if moment <= begin)
+        assert (held.held, held.available) == (held_then, held.balance - held_then)
         status, told_then = self.doors.rest("GET", f"/api/v1/wallets/{name}/balance?at={rfc3339(begin)}")
         assert (status, told_then["balance"], told_then["seq"]) == (200, held.balance, held.seq)
+        assert (told_then["held"], told_then["available"]) == (held.held, held.available)
         between = [shown(row) for row in reversed(rows) if begin <= row.created_at < end]
         found = self.doors.sql("list_operations", name, None, 1000, begin, end)[1]
         assert [shown(row) for row in found] == between
@@ -587,7 +782,7 @@ class Wallets(RuleBasedStateMachine):
         names = list(self.model.wallets)
         held, operations, found = self.doors.books(names)
         assert held == {
-            name: (one.currency, one.status, one.balance, len(one.history), 0, one.balance)
+            name: (one.currency, one.status, one.balance, len(one.history), one.held, one.available)
             for name, one in self.model.wallets.items()
         }
         assert operations == [one for name in names for one in reversed(self.model.wallets[name].history)]
@@ -617,7 +812,7 @@ class Wallets(RuleBasedStateMachine):
     def shows_the_wallet(self, name: str, answer: dict[str, Any]) -> None:
         wallet = self.model.wallets[name]
         expected = {"uuid": name, "currency": wallet.currency, "status": wallet.status, "balance": wallet.balance}
-        expected |= {"held": 0, "available": wallet.balance, "seq": len(wallet.history)}
+        expected |= {"held": wallet.held, "available": wallet.available, "seq": len(wallet.history)}
         assert {key: answer[key] for key in expected} == expected
         assert answer.keys() - expected.keys() == {"id", "created_at", "updated_at"}
 
@@ -692,7 +887,8 @@ class Wallets(RuleBasedStateMachine):
             result: dict[str, Any] = {"operation_uuid": str(one.operation), "applied": outcome is None}
             if outcome is None:
                 recorded = self.model.operations[one.operation]
-                result |= {"balance_after": recorded.balance_after, "held_after": 0, "seq": recorded.seq}
+                result |= {"balance_after": recorded.balance_after, "held_after": recorded.held_after}
+                result |= {"seq": recorded.seq}
             else:
                 detail = MESSAGES.get(outcome, shown_result["detail"])
                 result |= {"code": CODES[outcome], "detail": detail}
@@ -709,16 +905,26 @@ def rfc3339(moment: datetime) -> str:
     return quote(moment.astimezone(UTC).isoformat().replace("+00:00", "Z"))
 
 
+def moment_of(text: str | None) -> datetime | None:
+    return None if text is None else datetime.fromisoformat(text)
+
+
 def body_of(asked: Request) -> dict[str, Any]:
-    body = {"operation_uuid": str(asked.operation), "operation_type": asked.type, "amount": asked.amount}
-    optional = {"counterparty_uuid": asked.counterparty, "metadata": asked.metadata}
+    body = {"operation_uuid": str(asked.operation), "operation_type": asked.type}
+    optional = {
+        "amount": asked.amount,
+        "counterparty_uuid": asked.counterparty,
+        "hold_uuid": None if asked.hold is None else str(asked.hold),
+        "expires_at": None if asked.expires_at is None else asked.expires_at.isoformat(),
+        "metadata": asked.metadata,
+    }
     return body | {name: value for name, value in optional.items() if value is not None}
 
 
 def arguments_of(asked: Request) -> tuple[Any, ...]:
     """Return the arguments of apply_operation for a request."""
     metadata = None if asked.metadata is None else Jsonb(asked.metadata)
-    return (*asked[:5], None, None, metadata)
+    return (*asked[:7], metadata)
 
 
 def refused(answer: tuple[int, Any], sqlstate: str) -> None:
@@ -730,7 +936,6 @@ def refused(answer: tuple[int, Any], sqlstate: str) -> None:
 
 def told(operation: dict[str, Any]) -> Recorded:
     """Return an operation as the REST door shows it."""
-    assert operation["held_after"] == 0
     assert None not in operation.values()
     return Recorded(
         operation["wallet_uuid"],
@@ -738,8 +943,11 @@ def told(operation: dict[str, Any]) -> Recorded:
         operation["operation_type"],
         operation["amount"],
         operation.get("counterparty_uuid"),
+        UUID(operation["hold_uuid"]) if "hold_uuid" in operation else None,
+        moment_of(operation.get("expires_at")),
         operation.get("metadata"),
         operation["balance_after"],
+        operation["held_after"],
         operation["seq"],
     )
 
@@ -748,15 +956,17 @@ def shown(row: Any) -> Recorded | None:
     """Return an operation as the SQL door shows it."""
     if row.seq is None:
         return None
-    assert (row.held_after, row.hold_uuid, row.expires_at) == (0, None, None)
     return Recorded(
         row.wallet_uuid,
         row.operation_uuid,
         row.operation_type,
         row.amount,
         row.counterparty_uuid,
+        row.hold_uuid,
+        row.expires_at,
         row.metadata,
         row.balance_after,
+        row.held_after,
         row.seq,
     )
 

@@ -240,16 +240,20 @@ class Stand:
         """Read what the database holds."""
         with psycopg.connect(self.database) as connection:
             rows = connection.execute(
-                "select wallet_uuid, seq, operation_uuid, operation_type, amount, balance_after, counterparty_uuid"
-                " from wallet.operation order by wallet_uuid, seq"
-            )
-            ledger = [Row(*row) for row in rows]
+                "select wallet_uuid, seq, operation_uuid, operation_type, amount, balance_after, counterparty_uuid,"
+                " hold_uuid, held_after, created_at, expires_at from wallet.operation order by wallet_uuid, seq"
+            ).fetchall()
+            ledger = [Row(*row[:9]) for row in rows]
+            created = {(row[0], row[1]): row[9] for row in rows}
+            expiries = {row[2]: row[10] for row in rows if row[10] is not None}
+            held = connection.execute("select hold_uuid, wallet_uuid, amount from wallet.hold")
+            holds = {hold: (wallet, amount) for hold, wallet, amount in held}
             wallets = {
                 name: (balance, seq)
                 for name, balance, seq in connection.execute("select uuid, balance, seq from wallet.balance")
             }
             verified = [str(row) for row in connection.execute("select * from wallet.verify()")]
-        return Books(ledger, wallets, verified)
+        return Books(ledger, wallets, verified, holds, created, expiries)
 
 
 @contextlib.asynccontextmanager

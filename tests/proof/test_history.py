@@ -1,6 +1,7 @@
 """The checker notices each kind of disagreement, and nothing else, in histories that are forged for it."""
 
 import time
+from datetime import UTC, datetime, timedelta
 from random import Random
 from uuid import UUID
 
@@ -9,6 +10,8 @@ import pytest
 from tests.proof.history import (
     APPLIED,
     DUPLICATE,
+    HOLD_CLOSED,
+    NO_HOLD,
     NO_MONEY,
     OVERLOADED,
     TOGETHER,
@@ -340,6 +343,156 @@ def test_a_withdrawal_that_was_refused_with_the_money_there(history: History, bo
 def test_a_withdrawal_that_was_refused_before_the_money_came(history: History, books: Books) -> None:
     history.operations[uuid(5)] = asked(5, "WITHDRAW", 11, (1.2, 2.5, NO_MONEY))
     assert broken(history, books) == set()
+
+
+BEGAN = datetime(2026, 1, 1, tzinfo=UTC)
+"""When the clients' clock stood at 0."""
+
+
+def second(number: float) -> datetime:
+    return BEGAN + timedelta(seconds=number)
+
+
+@pytest.fixture
+def holds(history: History, books: Books) -> dict[int, Operation]:
+    """Of the 3 in w, 2 are held (5) until 20 and one captured (6); 1 is held (7) until 24 and expires; 1 is held (8).
+
+    A deposit of 4 (9) meets the expiry.
+    """
+    made = {
+        5: asked(5, "HOLD", 2, (10, 11, APPLIED)),
+        6: asked(6, "WITHDRAW", 1, (12, 13, APPLIED)),
+        7: asked(7, "HOLD", 1, (14, 15, APPLIED)),
+        8: asked(8, "HOLD", 1, (16, 17, APPLIED)),
+        9: asked(9, "DEPOSIT", 4, (30, 31, APPLIED)),
+    }
+    made[5].due, made[6].hold, made[7].due = 20, uuid(5), 24
+    history.operations |= {operation.uuid: operation for operation in made.values()}
+    books.ledger += [
+        Row("w", 4, uuid(5), "HOLD", 2, 3, held_after=2),
+        Row("w", 5, uuid(6), "WITHDRAW", 1, 2, hold=uuid(5)),
+        Row("w", 6, uuid(7), "HOLD", 1, 2, held_after=1),
+        Row("w", 7, uuid(8), "HOLD", 1, 2, held_after=2),
+        Row("w", 8, uuid(7), "EXPIRE", 1, 2, hold=uuid(7), held_after=1),
+        Row("w", 9, uuid(9), "DEPOSIT", 4, 6, held_after=1),
+    ]
+    books.wallets["w"] = (6, 9)
+    books.holds = {uuid(8): ("w", 1)}
+    books.expiries = {uuid(5): second(20), uuid(7): second(24)}
+    moments = (10.5, 12.5, 14.5, 16.5, 24, 30.5)
+    books.created = {("w", seq): second(moment) for seq, moment in enumerate(moments, 4)}
+    return made
+
+
+@pytest.mark.usefixtures("holds")
+def test_holds_that_agree(history: History, books: Books) -> None:
+    history.reads += [Read("w", 11.2, 11.8, 3, 2), Read("w", 18, 19, 2, 2), Read("w", 23, 24.5, 2, 2)]
+    history.reads += [Read("w", 23, 25, 2, 1), Read("w", 25, 26, 2, 1), Read("w", 32, 33, 6, 1)]
+    history.operations |= {
+        uuid(10): asked(10, "WITHDRAW", 2, (18, 19, NO_MONEY)),
+        uuid(11): asked(11, "RELEASE", 1, (25, 26, HOLD_CLOSED)),
+        uuid(12): asked(12, "RELEASE", 1, (13.5, 14.5, NO_HOLD)),
+    }
+    history.operations[uuid(11)].hold = history.operations[uuid(12)].hold = uuid(7)
+    assert violations(history, books) == {}
+
+
+@pytest.mark.parametrize(
+    "read", [Read("w", 11.2, 11.8, 3, 0), Read("w", 18, 19, 2, 1), Read("w", 25, 26, 2, 2), Read("w", 32, 33, 6, 2)]
+)
+@pytest.mark.usefixtures("holds")
+def test_what_was_not_held_or_no_longer(read: Read, history: History, books: Books) -> None:
+    history.reads.append(read)
+    assert broken(history, books) == {"what was read as held was held"}
+
+
+@pytest.mark.parametrize("kind", ["WITHDRAW", "RELEASE"])
+def test_a_hold_with_two_ends(kind: str, holds: dict[int, Operation], history: History, books: Books) -> None:
+    history.operations[uuid(10)] = second_end = asked(10, kind, 2, (32, 33, APPLIED))
+    second_end.hold = uuid(5)
+    books.ledger.append(Row("w", 10, uuid(10), kind, 2, 4 if kind == "WITHDRAW" else 6, hold=uuid(5)))
+    books.wallets["w"] = (4 if kind == "WITHDRAW" else 6, 10)
+    assert {"a hold has one end at most", "held after follows"} <= broken(history, books)
+
+
+def test_a_client_who_was_told_of_another_end(holds: dict[int, Operation], history: History, books: Books) -> None:
+    history.operations[uuid(10)] = asked(10, "RELEASE", 2, (13, 14, APPLIED))
+    history.operations[uuid(10)].hold = uuid(5)
+    assert broken(history, books) == {"an acknowledged operation is recorded", "a hold has one end at most"}
+
+
+@pytest.mark.usefixtures("holds")
+def test_a_capture_before_its_hold(history: History, books: Books) -> None:
+    hold, capture = books.ledger[3:5]
+    books.ledger[3:5] = [capture._replace(seq=4), hold._replace(seq=5, balance_after=2)]
+    assert "an end comes after its hold" in broken(history, books)
+
+
+@pytest.mark.parametrize("change", [{"wallet": "v"}, {"hold": uuid(1)}, {"amount": 3}])
+@pytest.mark.usefixtures("holds")
+def test_a_capture_of_another_hold(change: dict[str, object], history: History, books: Books) -> None:
+    books.ledger[4] = books.ledger[4]._replace(**change)  # type: ignore[arg-type]
+    assert {"an end comes after its hold", "a recorded operation was asked for"} <= broken(history, books)
+
+
+@pytest.mark.usefixtures("holds")
+def test_a_capture_that_was_made_when_its_hold_was_due(history: History, books: Books) -> None:
+    books.expiries[uuid(5)] = second(12.5)
+    assert broken(history, books) == {"nothing is taken from a hold that is due"}
+
+
+def test_a_capture_that_was_sent_when_its_hold_was_due(
+    holds: dict[int, Operation], history: History, books: Books
+) -> None:
+    holds[5].due = 11.9
+    assert broken(history, books) == {"nothing is taken from a hold that is due"}
+
+
+@pytest.mark.usefixtures("holds")
+def test_an_end_that_was_recorded_under_another_moment(history: History, books: Books) -> None:
+    books.created["w", 8] = second(24.1)
+    assert broken(history, books) == {"nothing is taken from a hold that is due"}
+
+
+def test_a_hold_that_expired_early(holds: dict[int, Operation], history: History, books: Books) -> None:
+    holds[7].due = 32
+    assert broken(history, books) == {"nothing expires early"}
+
+
+@pytest.mark.usefixtures("holds")
+def test_held_after_that_does_not_follow(history: History, books: Books) -> None:
+    books.ledger[4] = books.ledger[4]._replace(held_after=1)
+    assert broken(history, books) == {"held after follows"}
+
+
+@pytest.mark.parametrize("left", [{}, {8: ("w", 2)}, {8: ("v", 1)}, {5: ("w", 2), 8: ("w", 1)}])
+@pytest.mark.usefixtures("holds")
+def test_an_open_hold_too_many_or_too_few(left: dict[int, tuple[str, int]], history: History, books: Books) -> None:
+    books.holds = {uuid(number): hold for number, hold in left.items()}
+    assert broken(history, books) == {"the open holds are those without an end"}
+
+
+@pytest.mark.parametrize(("hold", "outcome"), [(8, HOLD_CLOSED), (7, HOLD_CLOSED), (8, NO_HOLD)])
+@pytest.mark.usefixtures("holds")
+def test_a_hold_that_was_refused_without_a_reason(hold: int, outcome: str, history: History, books: Books) -> None:
+    history.operations[uuid(10)] = asked(10, "RELEASE", 1, (18, 19, outcome))
+    history.operations[uuid(10)].hold = uuid(hold)
+    assert broken(history, books) == {"a hold is refused for a reason"}
+
+
+@pytest.mark.usefixtures("holds")
+def test_money_that_was_available(history: History, books: Books) -> None:
+    history.operations[uuid(10)] = asked(10, "WITHDRAW", 5, (32, 33, NO_MONEY))
+    assert broken(history, books) == {"money is refused for want of it only"}
+    history.operations[uuid(10)].amount = 6
+    assert broken(history, books) == set()
+
+
+@pytest.mark.usefixtures("holds")
+def test_a_capture_that_was_refused_with_the_money_there(history: History, books: Books) -> None:
+    history.operations[uuid(10)] = asked(10, "WITHDRAW", 1, (18, 19, NO_MONEY))
+    history.operations[uuid(10)].hold = uuid(8)
+    assert broken(history, books) == {"money is refused for want of it only"}
 
 
 def test_what_verify_says(history: History, books: Books) -> None:

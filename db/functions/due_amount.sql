@@ -1,0 +1,20 @@
+create or replace function wallet.due_amount(p_wallet_uuid text, p_from timestamptz, p_until timestamptz default null)
+returns bigint
+language plpgsql stable security definer
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+as $$
+declare
+  v_until timestamptz := greatest(p_from, coalesce(p_until, clock_timestamp()));
+begin
+  return (
+    select coalesce(sum(h.amount), 0)
+    from wallet.hold as h
+    where h.wallet_uuid = p_wallet_uuid and h.expires_at >= p_from and h.expires_at <= v_until
+  );
+end
+$$;
+
+comment on function wallet.due_amount(text, timestamptz, timestamptz) is
+  'Internal: minor units, how much of what a wallet''s last row holds is due at a moment (null: now), though no EXPIRE says so yet. p_from: the created_at of that row. '
+  'The view wallet.balance calls it with the rights of whoever reads that.';
