@@ -153,11 +153,15 @@ class Lane:
         """While another line has a call under way, wait a little for as many requests as it carries.
 
         Where both are for one wallet, the second call waits for the first anyway, and nobody can join it any more.
-        Nobody is refused for it: a full queue goes.
+        Nobody is refused for it: a full queue goes. So does one with an atomic request, which nobody joins.
         """
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LINGER):
-                while len(self._waiting) < self._limit and _size(self._waiting) < self._enough():
+                while (
+                    len(self._waiting) < self._limit
+                    and _size(self._waiting) < self._enough()
+                    and not any(waiting.atomic for waiting in self._waiting)
+                ):
                     self._arrived.clear()
                     await self._arrived.wait()
 

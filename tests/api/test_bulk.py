@@ -499,6 +499,16 @@ async def test_a_full_queue_waits_for_nobody(
         assert (await bulk(client, [item("v", "DEPOSIT", 1)])).status == 200
 
 
+async def test_an_atomic_request_waits_for_nobody_to_join_it(
+    superuser: psycopg.Connection, client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lane, "LINGER", 3600)
+    await create(client, {"w": 0, "v": 0})
+    wanted = {"operations": [item("v", "DEPOSIT", 1)], "atomic": True}
+    async with call_under_way(client, superuser), asyncio.timeout(5):  # half of the deadline
+        assert (await client.post("/api/v1/operations", json=wanted)).status == 200
+
+
 async def test_a_second_call_goes_when_the_first_one_is_over(
     superuser: psycopg.Connection, client: TestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
