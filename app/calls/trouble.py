@@ -16,6 +16,8 @@ class Trouble:
 
     def __init__(self) -> None:
         self.wallets: set[str] = set()
+        self._refused: set[str] = set()
+        """Those of them to which the database refused something: a refusal of ours says nothing of what it does."""
 
     def meets(self, request: Request) -> bool:
         """Tell whether a request needs a wallet in trouble."""
@@ -27,18 +29,24 @@ class Trouble:
         A transfer that fails says of neither wallet that it is the one. Where the same call shows that a wallet is
         well, or one of the two is known to be in trouble, the others are not suspected.
         """
-        failed = [request for request, outcome in zip(requests, outcomes, strict=True) if not outcome.is_ours()]
+        fared = list(zip(requests, outcomes, strict=True))
+        failed = [(request, outcome) for request, outcome in fared if not outcome.is_ours()]
         if not failed and not self.wallets:
             return
-        well = {
+        applied = {wallet for request, outcome in fared if outcome.sqlstate is None for wallet in request.wallets()}
+        free = applied | {
             wallet
-            for request, outcome in zip(requests, outcomes, strict=True)
+            for request, outcome in fared
             if outcome.is_ours() and outcome.sqlstate not in _UNTRIED
             for wallet in request.wallets()
         }
-        self.wallets -= well
-        for request in failed:
+        self._refused -= applied
+        self.wallets -= free - self._refused
+        for request, outcome in failed:
+            well = free - self._refused if outcome.is_locked() else applied
             suspects = [wallet for wallet in request.wallets() if wallet not in well]
             if self.wallets.isdisjoint(suspects) and len(self.wallets) < LIMIT:
                 self.wallets.update(suspects)
+            if not outcome.is_locked():
+                self._refused.update(self.wallets.intersection(suspects))
         WALLETS_APART.set(len(self.wallets))

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import os
 import random
 import signal
@@ -9,7 +10,7 @@ import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
@@ -940,9 +941,15 @@ async def test_what_a_call_in_parts_had_applied_when_it_was_given_up_is_recognis
     line = Line(Settings(database_url=database_url))
     requests = [Request(wallet, uuid4(), "DEPOSIT", 5) for wallet in ("w", "v", "refused")]
     now = asyncio.get_running_loop().time
+    prepare, prepared = line._prepare, itertools.count(1)
+
+    async def hang_before_the_last_part() -> datetime:
+        if next(prepared) == 5:  # after all three, w, v and refused, and v
+            await asyncio.sleep(10)
+        return await prepare()
 
     with monkeypatch.context() as changed:
-        changed.setattr(lines, "pauses", lambda: iter([10.0]))
+        changed.setattr(line, "_prepare", hang_before_the_last_part)
         with pytest.raises(TimeoutError):
             await line.apply(requests, now() + 1)
     assert [await balance(client, one) for one in ("w", "v", "refused")] == [105, 5, 0]

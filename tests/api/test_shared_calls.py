@@ -284,6 +284,15 @@ def test_a_failed_transfer_puts_the_one_under_suspicion_that_nothing_speaks_for(
     assert noted(trouble, ("a b", None)) == set()
 
 
+def test_a_refusal_of_ours_shows_that_a_wallet_is_not_locked_and_nothing_of_what_the_database_refuses_it() -> None:
+    trouble = Trouble()
+    assert noted(trouble, ("a", "55P03"), ("b", "P0001")) == {"a", "b"}
+    assert noted(trouble, ("a", "WA402"), ("b", "WA402")) == {"b"}
+    assert noted(trouble, ("b", "WA410"), ("b c", "P0001"), ("c", None)) == {"b"}
+    assert noted(trouble, ("b", None)) == set()
+    assert noted(trouble, ("b", "55P03"), ("b", "WA402")) == set()
+
+
 @pytest.mark.parametrize("sqlstate", ["WA400", "WA404", "WA409"])
 def test_what_is_refused_before_a_lock_is_looked_at_speaks_for_nobody(sqlstate: str) -> None:
     trouble = Trouble()

@@ -23,7 +23,7 @@ from app.server.embedded import Postgres, connection_url, die_with_parent
 from app.server.migrations import LOGIN, dbmate
 from app.settings import CHECKOUT
 from tests.api.test_process import environment_with, free_port, is_alive
-from tests.proof.clients import Connection, Lost
+from tests.proof.clients import CLIENTS, Connection, Lost
 from tests.proof.history import Books, Row
 from tests.proxy import Http, Proxy
 from tests.proxy import Postgres as PostgresTalk
@@ -31,6 +31,8 @@ from tests.proxy import Postgres as PostgresTalk
 TEMPLATE = "wallet"
 """The migrated database without a wallet from which each stand's own is cloned."""
 STAND = "proof"
+ROOM = {"BULK_QUEUE": str(CLIENTS)}
+"""Every client's request may wait, so that none is one too many unless something is jammed."""
 
 
 def tree(pid: int) -> list[int]:
@@ -109,7 +111,7 @@ class Stand:
         self.log_reader: subprocess.Popen[bytes] | None = None
         """Who reads the service's log, if it logs every request: keeps what is no request's line."""
         self._command = command
-        self._settings = {"PORT": str(self.port), "WORKERS": str(workers), "LOG_LEVEL": "WARNING", **settings}
+        self._settings = {"PORT": str(self.port), "WORKERS": str(workers), "LOG_LEVEL": "WARNING", **ROOM, **settings}
 
     @property
     def database(self) -> str:
