@@ -308,7 +308,8 @@ class Siding(Lane):
     def _take(self) -> list[Waiting]:
         """Take what is to go in the next call; answer those that have no time for another one and were not applied.
 
-        Those are 55P03 each; an atomic request, which is tried as a whole, has no outcomes then.
+        Those are 55P03 each, or what the database refused to their wallet before; an atomic request, which is tried as
+        a whole, has no outcomes then.
         """
         taken: list[Waiting] = []
         left: list[Waiting] = []
@@ -319,7 +320,7 @@ class Siding(Lane):
             if waiting.outcomes.done():
                 continue
             if waiting.until <= least:
-                untried = [] if waiting.atomic else [refused("55P03")] * len(waiting.requests)
+                untried = [] if waiting.atomic else list(map(self._trouble.untried, waiting.requests))
                 waiting.outcomes.set_result(untried)
             elif taken and (
                 waiting.atomic

@@ -61,7 +61,7 @@ from wallet.apply_operation($1, $2, $3, $4, $5, $6, $7::text::timestamptz, $8::t
 """
 
 DELIBERATE = ("23", "P0")
-"""Classes of errors that no new session changes: constraints, and what triggers raise (PostgreSQL manual, appendix A)."""
+"""Classes of errors that no new session changes: constraints, and what triggers raise (manual, appendix A)."""
 
 _log = logging.getLogger("wallet")
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from app.calls.line import Outcome, Request
+from app.calls.line import Outcome, Request, refused
 from app.metrics import WALLETS_APART
 
 LIMIT = 10_000
@@ -16,12 +16,19 @@ class Trouble:
 
     def __init__(self) -> None:
         self.wallets: set[str] = set()
-        self._refused: set[str] = set()
-        """Those of them to which the database refused something: a refusal of ours says nothing of what it does."""
+        self._refused: dict[str, str] = {}
+        """Those of them to which the database refused something, and with what SQLSTATE.
+
+        A refusal of ours says nothing of what the database does.
+        """
 
     def meets(self, request: Request) -> bool:
         """Tell whether a request needs a wallet in trouble."""
         return not self.wallets.isdisjoint(request.wallets())
+
+    def untried(self, request: Request) -> Outcome:
+        """Return the outcome of a request for which there was no time."""
+        return refused(next((self._refused[one] for one in request.wallets() if one in self._refused), "55P03"))
 
     def note(self, requests: Sequence[Request], outcomes: Sequence[Outcome]) -> None:
         """Note how the wallets of a call fared.
@@ -40,13 +47,15 @@ class Trouble:
             if outcome.is_ours() and outcome.sqlstate not in _UNTRIED
             for wallet in request.wallets()
         }
-        self._refused -= applied
-        self.wallets -= free - self._refused
+        for wallet in applied & self._refused.keys():
+            del self._refused[wallet]
+        free -= self._refused.keys()
+        self.wallets -= free
         for request, outcome in failed:
-            well = free - self._refused if outcome.is_locked() else applied
+            well = free if outcome.is_locked() else applied
             suspects = [wallet for wallet in request.wallets() if wallet not in well]
             if self.wallets.isdisjoint(suspects) and len(self.wallets) < LIMIT:
                 self.wallets.update(suspects)
             if not outcome.is_locked():
-                self._refused.update(self.wallets.intersection(suspects))
+                self._refused.update(dict.fromkeys(self.wallets.intersection(suspects), str(outcome.sqlstate)))
         WALLETS_APART.set(len(self.wallets))
