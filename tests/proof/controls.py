@@ -14,6 +14,7 @@ from tests.proof.section import Account, Scale
 from tests.proof.stand import STAND, server, stand
 from tests.proxy import Point
 
+HOLD_NOT_UNIQUE = "alter table wallet.hold drop constraint hold_pkey"
 SEQ_NOT_UNIQUE = """
 alter table wallet.operation drop constraint operation_pkey;
 create index on wallet.operation (wallet_uuid, seq);
@@ -88,7 +89,10 @@ CONTROLS = {
         command=("tests.proof.broken", "trusts_the_settings"),
     ),
     "control-no-row-lock": Control(nothing_happens, scripts=(without_row_locks(), SEQ_NOT_UNIQUE)),
-    "control-operation-not-unique": Control(nothing_happens, scripts=("drop index wallet.operation_requested_idx",)),
+    "control-operation-not-unique": Control(
+        nothing_happens,
+        scripts=("drop index wallet.operation_requested_idx, wallet.operation_receive_idx", HOLD_NOT_UNIQUE),
+    ),
     "control-payee-left-out": Control(
         nothing_happens,
         (
