@@ -368,10 +368,7 @@ class Timeline:
         self._expiring = sorted(
             (due, seq, ends.get(row.uuid, len(rows) + 1), row.amount)
             for seq, row in enumerate(rows, 1)
-            if row.kind == "HOLD"
-            and row.uuid in asked
-            and (due := asked[row.uuid].due) is not None
-            and (row.uuid in expired or row.uuid not in ends)
+            if row.kind == "HOLD" and row.uuid in asked and (due := asked[row.uuid].due) is not None
         )
         self._expired = list(accumulate((end for _, _, end, _ in self._expiring), max))
         answered = sorted((one.acknowledged, seq) for seq, one in known if one.acknowledged is not None)
