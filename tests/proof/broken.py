@@ -48,9 +48,9 @@ class EarlyLine(Line):
             self._session = await connect(self._url, self._deadline, "wallet lane")
         transaction = self._session.transaction()
         await transaction.start()
-        wallets, operations, types, amounts, counterparties, metadata, _ = zip(*requests, strict=True)
+        wallets, operations, types, amounts, counterparties, *more, _ = zip(*requests, strict=True)
         texts = line._literal(wallets), operations, line._literal(types), amounts
-        others = line._literal_or_null(counterparties), metadata, atomic, None
+        others = line._literal_or_null(counterparties), *more, atomic, None
         rows = await self._session.fetch(line._APPLY_WHOLE, *texts, *others)
         self._commit = asyncio.create_task(self._commit_later(transaction))
         return [Outcome(*row.values()) for row in rows]
