@@ -270,7 +270,7 @@ class Siding(Lane):
                 tried = self._loop.time()
                 for number, outcome in zip(locked, found, strict=True):
                     outcomes[number] = outcome
-        return outcomes
+        return self._told(requests, outcomes)
 
     async def apply_atomic(
         self, requests: Sequence[Request], until: float, outcomes: list[Outcome] | None
@@ -287,7 +287,12 @@ class Siding(Lane):
                 break
             outcomes = await self._queue(requests, until, tried, atomic=True) or outcomes
             tried = self._loop.time()
-        return outcomes
+        return self._told(requests, outcomes)
+
+    def _told(self, requests: Sequence[Request], outcomes: Sequence[Outcome]) -> list[Outcome]:
+        """Return outcomes, with what its wallet is known for where a request found no room in time."""
+        told = zip(requests, outcomes, strict=True)
+        return [self._trouble.untried(request) if outcome.is_locked() else outcome for request, outcome in told]
 
     def _queue(
         self, requests: Sequence[Request], until: float, tried: float, *, atomic: bool = False
