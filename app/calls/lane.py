@@ -227,7 +227,7 @@ class Lane:
     def _watch(self) -> None:
         """Keep the deadlines, whatever the lines are doing: one timer, for the oldest that has no answer."""
         now = self._loop.time()
-        self._late = sorted((late for late in self._late if not late.outcomes.done()), key=lambda late: late.until)
+        self._late = sorted((late for late in self._late if not late.outcomes.done()), key=_until)
         due = []
         for queue in (self._late, *self._sent.values(), self._waiting):  # each from its oldest on
             for waiting in queue:
@@ -257,8 +257,8 @@ class Siding(Lane):
     async def apply_apart(self, requests: Sequence[Request], until: float) -> list[Outcome]:
         """Apply a client's requests, trying again what is locked, and return their outcomes in order.
 
-        Those of what stayed locked up to the deadline (on the loop's clock) are 55P03. Raises TimeoutError if the
-        outcome is unknown at the deadline.
+        Those of what stayed locked up to the deadline (on the loop's clock) are 55P03, or what their wallet is known
+        for. Raises TimeoutError if the outcome is unknown at the deadline.
         """
         outcomes = [refused("55P03")] * len(requests)
         tried = 0.0
@@ -277,8 +277,8 @@ class Siding(Lane):
     ) -> list[Outcome]:
         """Apply an atomic request, trying again while any of its wallets is locked; `outcomes` of an attempt before.
 
-        If it was not tried up to the deadline, each of its requests is 55P03. Raises TimeoutError if the outcome is
-        unknown at the deadline, and Overloaded.
+        If it was not tried up to the deadline, each of its requests is 55P03, or what its wallet is known for. Raises
+        TimeoutError if the outcome is unknown at the deadline, and Overloaded.
         """
         outcomes = outcomes or [refused("55P03")] * len(requests)
         tried = 0.0
@@ -313,8 +313,7 @@ class Siding(Lane):
     def _take(self) -> list[Waiting]:
         """Take what is to go in the next call; answer those that have no time for another one and were not applied.
 
-        Those are 55P03 each, or what the database refused to their wallet before; an atomic request, which is tried as
-        a whole, has no outcomes then.
+        Those are 55P03 each; an atomic request, which is tried as a whole, has no outcomes then.
         """
         taken: list[Waiting] = []
         left: list[Waiting] = []
@@ -325,8 +324,7 @@ class Siding(Lane):
             if waiting.outcomes.done():
                 continue
             if waiting.until <= least:
-                untried = [] if waiting.atomic else list(map(self._trouble.untried, waiting.requests))
-                waiting.outcomes.set_result(untried)
+                waiting.outcomes.set_result([] if waiting.atomic else [refused("55P03")] * len(waiting.requests))
             elif taken and (
                 waiting.atomic
                 or taken[0].atomic
