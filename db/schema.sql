@@ -156,6 +156,7 @@ CREATE FUNCTION wallet.apply_operation(p_wallet_uuid text, p_operation_uuid uuid
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET enable_seqscan TO 'off'
+    SET jit TO 'off'
     AS $$
 declare
   v_fault text := wallet.argument_fault(
@@ -310,6 +311,7 @@ CREATE FUNCTION wallet.apply_operations(p_wallet_uuids text[], p_operation_uuids
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET plan_cache_mode TO 'force_generic_plan'
     SET enable_seqscan TO 'off'
+    SET jit TO 'off'
     SET enable_nestloop TO 'off'
     SET enable_mergejoin TO 'off'
     AS $$
@@ -992,6 +994,7 @@ CREATE FUNCTION wallet.due_amount(p_wallet_uuid text, p_from timestamp with time
     LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET enable_seqscan TO 'off'
+    SET jit TO 'off'
     AS $$
 declare
   v_until timestamptz := greatest(p_from, coalesce(p_until, clock_timestamp()));
@@ -1114,6 +1117,7 @@ CREATE FUNCTION wallet.create_wallet(p_wallet_uuid text DEFAULT NULL::text, p_cu
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET enable_seqscan TO 'off'
+    SET jit TO 'off'
     AS $_$
 declare
   v_uuid text := coalesce(p_wallet_uuid, gen_random_uuid()::text);
@@ -1236,6 +1240,7 @@ CREATE FUNCTION wallet.get_operation(p_wallet_uuid text, p_operation_uuid uuid) 
     LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET enable_seqscan TO 'off'
+    SET jit TO 'off'
     AS $$
 declare
   v_operation wallet.operation;
@@ -1279,6 +1284,7 @@ CREATE FUNCTION wallet.get_wallet(p_wallet_uuid text, p_at timestamp with time z
     LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET enable_seqscan TO 'off'
+    SET jit TO 'off'
     AS $$
 declare
   v_wallet wallet.balance;
@@ -1416,6 +1422,7 @@ CREATE FUNCTION wallet.list_holds(p_wallet_uuid text, p_after_seq bigint DEFAULT
     LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET enable_seqscan TO 'off'
+    SET jit TO 'off'
     AS $$
 declare
   v_moment timestamptz;
@@ -1454,6 +1461,7 @@ CREATE FUNCTION wallet.list_operations(p_wallet_uuid text, p_before_seq bigint D
     LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET enable_seqscan TO 'off'
+    SET jit TO 'off'
     AS $$
 declare
   v_after bigint := 0;
@@ -1499,6 +1507,7 @@ CREATE FUNCTION wallet.list_wallets(p_after text DEFAULT NULL::text, p_limit int
     LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET enable_seqscan TO 'off'
+    SET jit TO 'off'
     AS $$
 declare
   v_prefix text := coalesce(p_prefix, '');
@@ -1537,6 +1546,7 @@ CREATE FUNCTION wallet.lock_wallets(p_wallet_uuids text[], OUT uuids text[], OUT
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET plan_cache_mode TO 'force_generic_plan'
     SET enable_seqscan TO 'off'
+    SET jit TO 'off'
     AS $$
 declare
   v_patience interval := current_setting('lock_timeout')::interval; -- 0: without end
@@ -1741,6 +1751,7 @@ CREATE FUNCTION wallet.record_expiries(p_wallet_uuid text, p_moment timestamp wi
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET plan_cache_mode TO 'force_generic_plan'
     SET enable_seqscan TO 'off'
+    SET jit TO 'off'
     AS $$
 declare
   v_last wallet.operation;
@@ -1802,6 +1813,7 @@ CREATE FUNCTION wallet.seq_before(p_wallet_uuid text, p_moment timestamp with ti
     LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET enable_seqscan TO 'off'
+    SET jit TO 'off'
     AS $$
 declare
   v_before bigint := 0; -- this seq is before the moment, and v_after is not
@@ -1856,6 +1868,7 @@ CREATE FUNCTION wallet.set_status(p_wallet_uuid text, p_status text, p_not_after
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET enable_seqscan TO 'off'
+    SET jit TO 'off'
     AS $$
 declare
   v_wallet wallet.balance;

@@ -21,6 +21,7 @@ returns wallet.operation
 language plpgsql security definer
 set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
+set jit = off
 as $$
 declare
   v_fault text := wallet.argument_fault(

@@ -7,6 +7,7 @@ returns wallet.balance
 language plpgsql security definer
 set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
+set jit = off
 as $$
 declare
   v_uuid text := coalesce(p_wallet_uuid, gen_random_uuid()::text);

@@ -3,6 +3,7 @@ returns bigint
 language plpgsql stable security definer
 set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
+set jit = off
 as $$
 declare
   v_until timestamptz := greatest(p_from, coalesce(p_until, clock_timestamp()));

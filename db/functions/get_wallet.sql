@@ -3,6 +3,7 @@ returns wallet.balance
 language plpgsql stable security definer
 set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
+set jit = off
 as $$
 declare
   v_wallet wallet.balance;

@@ -3,6 +3,7 @@ returns setof wallet.hold
 language plpgsql stable security definer
 set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
+set jit = off
 as $$
 declare
   v_moment timestamptz;

@@ -9,6 +9,7 @@ returns setof wallet.operation
 language plpgsql stable security definer
 set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
+set jit = off
 as $$
 declare
   v_after bigint := 0;

@@ -6,6 +6,7 @@ returns bigint
 language plpgsql stable security definer
 set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
+set jit = off
 as $$
 declare
   v_before bigint := 0; -- this seq is before the moment, and v_after is not

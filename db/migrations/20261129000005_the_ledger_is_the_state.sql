@@ -70,6 +70,7 @@ returns wallet.operation
 language plpgsql security definer
 set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
+set jit = off
 as $$
 declare
   v_fault text := wallet.argument_fault(
@@ -261,6 +262,7 @@ language plpgsql security definer
 set search_path = pg_catalog, pg_temp
 set plan_cache_mode = force_generic_plan
 set enable_seqscan = off
+set jit = off
 set enable_nestloop = off
 set enable_mergejoin = off
 as $$
@@ -727,6 +729,7 @@ returns wallet.balance
 language plpgsql security definer
 set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
+set jit = off
 as $$
 declare
   v_uuid text := coalesce(p_wallet_uuid, gen_random_uuid()::text);
@@ -795,6 +798,7 @@ returns wallet.operation
 language plpgsql stable security definer
 set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
+set jit = off
 as $$
 declare
   v_operation wallet.operation;
@@ -831,6 +835,7 @@ returns wallet.balance
 language plpgsql stable security definer
 set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
+set jit = off
 as $$
 declare
   v_wallet wallet.balance;
@@ -904,6 +909,7 @@ returns setof wallet.operation
 language plpgsql stable security definer
 set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
+set jit = off
 as $$
 declare
   v_after bigint := 0;
@@ -950,6 +956,7 @@ returns setof wallet.balance
 language plpgsql stable security definer
 set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
+set jit = off
 as $$
 declare
   v_prefix text := coalesce(p_prefix, '');
@@ -994,6 +1001,7 @@ language plpgsql security definer
 set search_path = pg_catalog, pg_temp
 set plan_cache_mode = force_generic_plan
 set enable_seqscan = off
+set jit = off
 as $$
 declare
   v_patience interval := current_setting('lock_timeout')::interval; -- 0: without end
@@ -1129,6 +1137,7 @@ returns bigint
 language plpgsql stable security definer
 set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
+set jit = off
 as $$
 declare
   v_before bigint := 0; -- this seq is before the moment, and v_after is not
@@ -1177,6 +1186,7 @@ returns wallet.balance
 language plpgsql security definer
 set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
+set jit = off
 as $$
 declare
   v_wallet wallet.balance;

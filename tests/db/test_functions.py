@@ -509,6 +509,15 @@ def test_a_call_after_its_last_moment_is_taken_back(
     assert call(service, function, *arguments, now + timedelta(minutes=1))[0].balance_after == 6
 
 
+def test_no_function_that_turns_a_kind_of_plan_off_is_compiled_for_it(superuser: psycopg.Connection) -> None:
+    """Before PostgreSQL 18 such a plan costs 1e10 where there is no other, and JIT compiles what costs 1e5."""
+    compiled = superuser.execute(
+        "select proname from pg_proc where pronamespace = 'wallet'::regnamespace"
+        " and array_to_string(proconfig, ' ') ~ 'enable_' and not proconfig @> '{jit=off}'"
+    ).fetchall()
+    assert compiled == []
+
+
 def test_no_session_keeps_a_plan_that_reads_the_whole_ledger(
     service: psycopg.Connection, superuser: psycopg.Connection
 ) -> None:
