@@ -270,15 +270,16 @@ class Siding(Lane):
                 tried = self._loop.time()
                 for number, outcome in zip(locked, found, strict=True):
                     outcomes[number] = outcome
-        return self._told(requests, outcomes)
+        told = zip(requests, outcomes, strict=True)
+        return [self._trouble.untried(request) if outcome.is_locked() else outcome for request, outcome in told]
 
     async def apply_atomic(
         self, requests: Sequence[Request], until: float, outcomes: list[Outcome] | None
     ) -> list[Outcome]:
         """Apply an atomic request, trying again while any of its wallets is locked; `outcomes` of an attempt before.
 
-        If it was not tried up to the deadline, each of its requests is 55P03, or what its wallet is known for. Raises
-        TimeoutError if the outcome is unknown at the deadline, and Overloaded.
+        If it was not tried up to the deadline, each of its requests is 55P03, or what one of its wallets is known for.
+        Raises TimeoutError if the outcome is unknown at the deadline, and Overloaded.
         """
         outcomes = outcomes or [refused("55P03")] * len(requests)
         tried = 0.0
@@ -287,12 +288,7 @@ class Siding(Lane):
                 break
             outcomes = await self._queue(requests, until, tried, atomic=True) or outcomes
             tried = self._loop.time()
-        return self._told(requests, outcomes)
-
-    def _told(self, requests: Sequence[Request], outcomes: Sequence[Outcome]) -> list[Outcome]:
-        """Return outcomes, with what its wallet is known for where a request found no room in time."""
-        told = zip(requests, outcomes, strict=True)
-        return [self._trouble.untried(request) if outcome.is_locked() else outcome for request, outcome in told]
+        return [self._trouble.untried(*requests) if outcome.is_locked() else outcome for outcome in outcomes]
 
     def _queue(
         self, requests: Sequence[Request], until: float, tried: float, *, atomic: bool = False

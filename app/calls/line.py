@@ -35,7 +35,7 @@ LEAST_ATTEMPT = 0.2
 CLOCK_AGE = 5.0
 """Seconds after which the database's clock is read again."""
 _DECIDED = "sqlstate, message, same_request, balance_after, held_after, seq"
-_APPLIED = "null, null, null, balance_after, held_after, seq"
+_APPLIED = "null, null, true, balance_after, held_after, seq"
 
 _APPLY = f"""
 select {_DECIDED}, case when sqlstate is not null and seq is not null then {OPERATION} end
@@ -101,8 +101,8 @@ class Outcome(NamedTuple):
     """What came of a request: a row of wallet.apply_operations.
 
     `sqlstate` and `message` are None for an applied one, which has its operation, as JSON, if the request is `whole`.
-    A duplicate has the recorded operation if it belongs to the same wallet, and whether that is the very same request.
-    Otherwise the rest is None.
+    `same_request` is True for it, and None if a call that was lost had applied it. A duplicate has the recorded
+    operation if it belongs to the same wallet, and whether that is the very same request. Otherwise the rest is None.
     """
 
     sqlstate: str | None
@@ -116,6 +116,10 @@ class Outcome(NamedTuple):
     def is_ours(self) -> bool:
         """Tell whether it was applied, or refused by the contract's rules, not by a lock or by PostgreSQL itself."""
         return self.sqlstate is None or self.sqlstate.startswith("WA")
+
+    def is_new(self) -> bool:
+        """Tell whether it was applied by the very call that says so, not by one that was lost before."""
+        return self.sqlstate is None and self.same_request is True
 
     def is_locked(self) -> bool:
         """Tell whether it waited for a wallet in vain."""

@@ -7,8 +7,8 @@ from app.metrics import WALLETS_APART
 
 LIMIT = 10_000
 """Wallets that are known to be in trouble, at most."""
-_UNTRIED = ("WA400", "WA404", "WA409")
-"""Refusals that rank before a locked wallet: they say nothing of it."""
+_UNTRIED = (None, "WA400", "WA404", "WA409")
+"""Outcomes that say nothing of a wallet now: applied by a call that was lost, or refused before it is locked."""
 
 
 class Trouble:
@@ -26,21 +26,22 @@ class Trouble:
         """Tell whether a request needs a wallet in trouble."""
         return not self.wallets.isdisjoint(request.wallets())
 
-    def untried(self, request: Request) -> Outcome:
-        """Return the outcome of a request for which there was no time."""
-        return refused(next((self._refused[one] for one in request.wallets() if one in self._refused), "55P03"))
+    def untried(self, *requests: Request) -> Outcome:
+        """Return the outcome of requests, all or none of them to be applied, for which there was no time."""
+        wallets = (wallet for request in requests for wallet in request.wallets())
+        return refused(next((self._refused[one] for one in wallets if one in self._refused), "55P03"))
 
     def note(self, requests: Sequence[Request], outcomes: Sequence[Outcome]) -> None:
         """Note how the wallets of a call fared.
 
         A transfer that fails says of neither wallet that it is the one. Where the same call shows that a wallet is
-        well, or one of the two is known to be in trouble, the others are not suspected.
+        well, or one of the two is known to be in such trouble, the others are not suspected.
         """
         fared = list(zip(requests, outcomes, strict=True))
         failed = [(request, outcome) for request, outcome in fared if not outcome.is_ours()]
         if not failed and not self.wallets:
             return
-        applied = {wallet for request, outcome in fared if outcome.sqlstate is None for wallet in request.wallets()}
+        applied = {wallet for request, outcome in fared if outcome.is_new() for wallet in request.wallets()}
         free = applied | {
             wallet
             for request, outcome in fared
@@ -52,10 +53,10 @@ class Trouble:
         free -= self._refused.keys()
         self.wallets -= free
         for request, outcome in failed:
-            well = free if outcome.is_locked() else applied
+            well, known = (free, self.wallets) if outcome.is_locked() else (applied, self._refused.keys())
             suspects = [wallet for wallet in request.wallets() if wallet not in well]
-            if self.wallets.isdisjoint(suspects) and len(self.wallets) < LIMIT:
+            if known.isdisjoint(suspects) and len(self.wallets) < LIMIT:
                 self.wallets.update(suspects)
-            if not outcome.is_locked():
-                self._refused.update(dict.fromkeys(self.wallets.intersection(suspects), str(outcome.sqlstate)))
+                if not outcome.is_locked():
+                    self._refused.update(dict.fromkeys(suspects, str(outcome.sqlstate)))
         WALLETS_APART.set(len(self.wallets))

@@ -15,7 +15,7 @@ from aiohttp.test_utils import TestClient
 from pytest_aiohttp.plugin import AiohttpClient
 
 from app.calls.dispatch import SIDING, TROUBLE
-from app.calls.line import Line, Request, refused
+from app.calls.line import Line, Outcome, Request, refused
 from app.calls.trouble import Trouble
 from app.settings import Settings
 from app.web.application import make_app
@@ -268,7 +268,8 @@ async def test_a_locked_payee_holds_up_no_payer_s_other_money(
 def noted(trouble: Trouble, *outcomes: tuple[str, str | None]) -> set[str]:
     """Note how requests fared, `payer` or `payer payee` and a SQLSTATE each, and return the wallets in trouble."""
     requests = [Request(names.split()[0], uuid4(), "", 1, *names.split()[1:]) for names, _ in outcomes]
-    trouble.note(requests, [refused(sqlstate or "")._replace(sqlstate=sqlstate) for _, sqlstate in outcomes])
+    applied = Outcome(None, None, True, 1, 0, 1, None)
+    trouble.note(requests, [refused(sqlstate) if sqlstate else applied for _, sqlstate in outcomes])
     return trouble.wallets
 
 
@@ -291,6 +292,22 @@ def test_a_refusal_of_ours_shows_that_a_wallet_is_not_locked_and_nothing_of_what
     assert noted(trouble, ("b", "WA410"), ("b c", "P0001"), ("c", None)) == {"b"}
     assert noted(trouble, ("b", None)) == set()
     assert noted(trouble, ("b", "55P03"), ("b", "WA402")) == set()
+
+
+def test_what_a_lost_call_applied_speaks_for_nobody() -> None:
+    trouble = Trouble()
+    assert noted(trouble, ("a", "P0001")) == {"a"}
+    trouble.note([Request("a", uuid4(), "", 1)], [Outcome(None, None, None, 1, 0, 1, None)])
+    assert trouble.wallets == {"a"}
+    assert noted(trouble, ("a", None)) == set()
+
+
+def test_a_locked_wallet_does_not_stand_in_for_one_to_which_the_database_refuses_something() -> None:
+    trouble = Trouble()
+    assert noted(trouble, ("a", "55P03")) == {"a"}
+    assert noted(trouble, ("a b", "P0001")) == {"a", "b"}
+    assert noted(trouble, ("a", None)) == {"b"}
+    assert trouble.untried(Request("b", uuid4(), "", 1)).sqlstate == "P0001"
 
 
 @pytest.mark.parametrize("sqlstate", ["WA400", "WA404", "WA409"])
@@ -336,6 +353,9 @@ async def test_an_atomic_request_that_was_never_tried_is_not_applied(client: Tes
     siding = client.app[SIDING]
     outcomes = await siding.apply_atomic([Request("w", A, "DEPOSIT", 1)] * 2, siding.now(), None)
     assert [outcome.sqlstate for outcome in outcomes] == ["55P03", "55P03"]
+    noted(client.app[TROUBLE], ("w", "P0001"))
+    outcomes = await siding.apply_atomic([Request(one, A, "DEPOSIT", 1) for one in "vw"], siding.now(), None)
+    assert [outcome.sqlstate for outcome in outcomes] == ["P0001", "P0001"]
 
 
 async def atomic(client: TestClient, *items: tuple[str, int]) -> ClientResponse:
