@@ -45,6 +45,8 @@ _HARMLESS = ("40001", "40P01", "55P03", "57014")
 """SQLSTATEs after which the session can be used again: the statement gave way to another one, or was too late."""
 _PASSING = ("25", "40", "53", "55P03", "57", "58")
 """What the SQLSTATEs of errors begin with that time may mend."""
+_DELIBERATE = ("23", "P0")
+"""Classes of errors of constraints, and of what triggers raise (manual, appendix A)."""
 _LOST = ("08", "XX")
 """Classes of SQLSTATEs that don't say whether the statement took effect."""
 
@@ -103,6 +105,11 @@ def _names_several_hosts(url: str) -> bool:
 def session_survives(error: BaseException) -> bool:
     """Tell whether the session is good after an error: the statement was refused, gave way, or was too late."""
     return isinstance(error, Refusal) or (_is_answer(error) and error.sqlstate in _HARMLESS)
+
+
+def is_deliberate(error: BaseException) -> bool:
+    """Tell whether a constraint or a trigger refused the statement: no new session changes that."""
+    return _is_answer(error) and str(error.sqlstate).startswith(_DELIBERATE)
 
 
 def nothing_changed(error: BaseException) -> bool:

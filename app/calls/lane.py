@@ -253,6 +253,7 @@ class Siding(Lane):
 
     def __init__(self, limit: int, deadline: float, trouble: Trouble) -> None:
         super().__init__("siding", BULK_BATCH, limit, deadline, trouble, SIDING_HEADROOM)
+        self._troubled = False
 
     async def apply_apart(self, requests: Sequence[Request], until: float) -> list[Outcome]:
         """Apply a client's requests, trying again what is locked, and return their outcomes in order.
@@ -302,36 +303,37 @@ class Siding(Lane):
         self._watch()
         return waiting.outcomes
 
-    def _turn(self, waiting: Waiting) -> tuple[bool, float, bool]:
-        """Return the order in which they are tried: first what needs no wallet in trouble any more."""
-        return not self._trouble.wallets.isdisjoint(waiting.wallets), waiting.tried, waiting.atomic
-
     def _take(self) -> list[Waiting]:
         """Take what is to go in the next call; answer those that have no time for another one and were not applied.
 
-        Those are 55P03 each; an atomic request, which is tried as a whole, has no outcomes then.
+        What needs a wallet in trouble, and what needs none any more, begin by turns. Alone goes an atomic request, and
+        what the database may refuse: nobody has to be told from it then. Without time for a call, each is 55P03; an
+        atomic request, which is tried as a whole, has no outcomes then.
         """
+        trouble, refusals = self._trouble.wallets, self._trouble.refusals.keys()
         taken: list[Waiting] = []
         left: list[Waiting] = []
         met: set[str] = set()
         room = self._batch
         least = self._loop.time() + self._headroom
-        for waiting in sorted(self._waiting, key=self._turn):
+
+        def turn(waiting: Waiting) -> tuple[bool, float, float]:
+            troubled = not trouble.isdisjoint(waiting.wallets)
+            return troubled is self._troubled, waiting.tried, waiting.until
+
+        for waiting in sorted(self._waiting, key=turn):
+            alone = waiting.atomic or not refusals.isdisjoint(waiting.wallets)
             if waiting.outcomes.done():
                 continue
             if waiting.until <= least:
                 waiting.outcomes.set_result([] if waiting.atomic else [refused("55P03")] * len(waiting.requests))
-            elif taken and (
-                waiting.atomic
-                or taken[0].atomic
-                or len(waiting.requests) > room
-                or not met.isdisjoint(waiting.wallets & self._trouble.wallets)
-            ):
+            elif taken and (alone or len(waiting.requests) > room or not met.isdisjoint(waiting.wallets)):
                 left.append(waiting)
             else:
                 taken.append(waiting)
-                met |= waiting.wallets
-                room -= len(waiting.requests)
+                met |= waiting.wallets & trouble
+                room = 0 if alone else room - len(waiting.requests)
+        self._troubled = bool(met)
         self._waiting = deque(sorted(left, key=_until))
         self._gauge.set(len(left))
         return sorted(taken, key=_until)

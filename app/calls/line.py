@@ -16,6 +16,7 @@ from app.calls.database import (
     LEAD,
     OPERATION,
     connect,
+    is_deliberate,
     is_passing,
     nothing_changed,
     pauses,
@@ -59,9 +60,6 @@ _APPLY_ONE_WHOLE = f"""
 select {_APPLIED}, {OPERATION}
 from wallet.apply_operation($1, $2, $3, $4, $5, $6, $7::text::timestamptz, $8::text::jsonb, $9)
 """
-
-DELIBERATE = ("23", "P0")
-"""Classes of errors that no new session changes: constraints, and what triggers raise (manual, appendix A)."""
 
 _log = logging.getLogger("wallet")
 
@@ -216,7 +214,7 @@ class Line:
                             r.operation_uuid for r, o in zip(requests, first, strict=False) if o.sqlstate is None
                         )
                         return [*first, *await self._apply(requests[half:], last, own)]
-                    if sqlstate == objection or (sqlstate.startswith(DELIBERATE) and not atomic):
+                    if sqlstate == objection or (is_deliberate(error) and not atomic):
                         return [refused(sqlstate)] * len(requests)
                     objection = sqlstate
             RESENDS.inc()

@@ -16,7 +16,7 @@ class Trouble:
 
     def __init__(self) -> None:
         self.wallets: set[str] = set()
-        self._refused: dict[str, str] = {}
+        self.refusals: dict[str, str] = {}
         """Those of them to which the database refused something, and with what SQLSTATE.
 
         A refusal of ours says nothing of what the database does.
@@ -29,7 +29,7 @@ class Trouble:
     def untried(self, *requests: Request) -> Outcome:
         """Return the outcome of requests, all or none of them to be applied, for which there was no time."""
         wallets = (wallet for request in requests for wallet in request.wallets())
-        return refused(next((self._refused[one] for one in wallets if one in self._refused), "55P03"))
+        return refused(next((self.refusals[one] for one in wallets if one in self.refusals), "55P03"))
 
     def note(self, requests: Sequence[Request], outcomes: Sequence[Outcome]) -> None:
         """Note how the wallets of a call fared.
@@ -48,15 +48,15 @@ class Trouble:
             if outcome.is_ours() and outcome.sqlstate not in _UNTRIED
             for wallet in request.wallets()
         }
-        for wallet in applied & self._refused.keys():
-            del self._refused[wallet]
-        free -= self._refused.keys()
+        for wallet in applied & self.refusals.keys():
+            del self.refusals[wallet]
+        free -= self.refusals.keys()
         self.wallets -= free
         for request, outcome in failed:
-            well, known = (free, self.wallets) if outcome.is_locked() else (applied, self._refused.keys())
+            well, known = (free, self.wallets) if outcome.is_locked() else (applied, self.refusals.keys())
             suspects = [wallet for wallet in request.wallets() if wallet not in well]
             if known.isdisjoint(suspects) and len(self.wallets) < LIMIT:
                 self.wallets.update(suspects)
                 if not outcome.is_locked():
-                    self._refused.update(dict.fromkeys(suspects, str(outcome.sqlstate)))
+                    self.refusals.update(dict.fromkeys(suspects, str(outcome.sqlstate)))
         WALLETS_APART.set(len(self.wallets))
