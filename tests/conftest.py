@@ -3,6 +3,8 @@
 import fcntl
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
@@ -18,7 +20,7 @@ from pytest_postgresql.executors import NoopExecutor
 
 from app.server.embedded import BINARIES, Postgres, connection_url
 from app.server.migrations import LOGIN, dbmate
-from app.settings import Settings
+from app.settings import CHECKOUT, Settings
 from app.web.application import make_app
 
 MEMORY = Path("/dev/shm")
@@ -108,6 +110,16 @@ def clone(postgresql_noproc: NoopExecutor) -> Iterator[Clone]:
             maintenance.execute(f"drop database {name} with (force)")
 
         yield clone
+
+
+@pytest.fixture(scope="session")
+def used_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data folder of the embedded mode that has been used once, for tests to copy."""
+    home = tmp_path_factory.mktemp("used") / "data"
+    query = [sys.executable, "-m", "app", "psql", "-X", "-c", "select 1"]
+    environment = {**os.environ, "WALLET_DATA_DIR": str(home)}
+    subprocess.run(query, cwd=CHECKOUT, env=environment, stdin=subprocess.DEVNULL, check=True, capture_output=True)
+    return home
 
 
 def url_of(connection: psycopg.Connection, user: str) -> str:

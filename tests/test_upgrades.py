@@ -56,7 +56,7 @@ def old_checkout(released: str, tmp_path: Path) -> Path:
 def test_the_data_folder_of_a_released_version_is_upgraded_by_the_start(
     start: Start, released: str, old_checkout: Path
 ) -> None:
-    old = start(checkout=old_checkout)
+    old = start(new=True, checkout=old_checkout)
     old.deposit("1111111111", 250)
     assert old.ask("/api/v1/wallets", {"uuid": "savings"})[0] == 201
     operation = {"operation_uuid": str(uuid4()), "operation_type": "DEPOSIT", "amount": 5}

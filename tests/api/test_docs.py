@@ -180,29 +180,35 @@ def try_an_operation_out(browser: webdriver.Chrome, url: str) -> None:
     assert "0b0e3c2e-5d2a-4f6b-8a51-6f1f0b7d9a01" in shown
 
 
-@pytest.fixture(scope="module", params=["light", "dark"])
-def scheme(request: pytest.FixtureRequest) -> str:
-    """What a reader prefers."""
-    return str(request.param)
-
-
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def page(
-    scheme: str, shared_client: TestClient, tmp_path_factory: pytest.TempPathFactory
+async def unfolded(
+    shared_client: TestClient, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[webdriver.Chrome]:
-    """The page in the browser of such a reader, with every operation unfolded.
+    """The page with every operation unfolded.
 
     That takes Chromium seconds, so tests share the page, and leave it as they found it.
     """
 
     def open_it(browser: webdriver.Chrome) -> None:
-        prefer(browser, scheme)
         browser.get(str(shared_client.make_url("/docs")))
         unfold(browser)
 
     with chromium(tmp_path_factory.mktemp("profile")) as browser:
         await asyncio.to_thread(open_it, browser)
         yield browser
+
+
+@pytest.fixture(params=["light", "dark"])
+def scheme(request: pytest.FixtureRequest) -> str:
+    """What a reader prefers."""
+    return str(request.param)
+
+
+@pytest.fixture
+def page(scheme: str, unfolded: webdriver.Chrome) -> webdriver.Chrome:
+    """The page as such a reader sees it."""
+    prefer(unfolded, scheme)
+    return unfolded
 
 
 def prefer(browser: webdriver.Chrome, scheme: str) -> None:
@@ -214,8 +220,7 @@ def unfold(browser: webdriver.Chrome) -> None:
     """Unfold every operation, and press its "Try it out"."""
     wait = WebDriverWait(browser, 20)
     summaries = wait.until(conditions.presence_of_all_elements_located((By.CSS_SELECTOR, ".opblock-summary-control")))
-    for summary in summaries:
-        browser.execute_script("arguments[0].click()", summary)
+    browser.execute_script("arguments[0].forEach(summary => summary.click())", summaries)
     wait.until(lambda _: len(browser.find_elements(By.CSS_SELECTOR, ".try-out__btn")) == len(summaries))
     browser.execute_script("document.querySelectorAll('.try-out__btn').forEach(button => button.click())")
     wait.until(lambda _: len(browser.find_elements(By.CSS_SELECTOR, "button.execute")) == len(summaries))

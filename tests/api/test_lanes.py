@@ -454,10 +454,8 @@ async def test_a_request_past_its_deadline_may_be_asked_again(
     await create(client, {"w": 100, "v": 0})
 
     with locked(superuser, "w"):
-        late = asyncio.create_task(withdraw(client, "w", 100, A))
-        await waiting_call(superuser)
-        behind = await asyncio.gather(*(deposit(client, "v", 1) for _ in range(20)))
-        for answer in (await late, *behind):
+        behind = (deposit(client, "v", 1) for _ in range(20))
+        for answer in await asyncio.gather(withdraw(client, "w", 100, A), *behind):
             await problem(answer, 503, "unavailable")
             assert int(answer.headers["Retry-After"]) > 0
     async with asyncio.timeout(1):

@@ -144,11 +144,16 @@ Start = Callable[..., Service]
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
-    """Start services; whatever still runs after the test is stopped."""
+def start(tmp_path: Path, used_home: Path) -> Iterator[Start]:
+    """Start services; whatever still runs after the test is stopped.
+
+    A data folder is a copy of a used one, unless it is there or to be `new`: a first start takes seconds.
+    """
     started: list[Service] = []
 
-    def start(home: Path = tmp_path / "data", **options: Any) -> Service:
+    def start(home: Path = tmp_path / "data", *, new: bool = False, **options: Any) -> Service:
+        if not new and not home.exists() and "DATABASE_URL" not in options:
+            subprocess.run(["cp", "-a", used_home, home], check=True)
         service = Service(home, tmp_path / f"output-{len(started)}", **options)
         started.append(service)
         wait_until(service.is_up)
@@ -182,7 +187,7 @@ def run(*arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_it_says_where_it_listens_where_its_data_lies_and_what_to_try(start: Start) -> None:
-    service = start()
+    service = start(new=True)
 
     listening, data, attempt = service.said().splitlines()
 
@@ -195,7 +200,7 @@ def test_it_says_where_it_listens_where_its_data_lies_and_what_to_try(start: Sta
 
 
 def test_a_new_database_holds_five_wallets_and_the_next_start_finds_it_again(start: Start) -> None:
-    service = start()
+    service = start(new=True)
     for number, wallet in FIVE.items():
         assert service.ask(f"/api/v1/wallets/{wallet}") == (200, {"id": number, "uuid": wallet, "balance": 1500})
     service.deposit("1111111111", 5)
@@ -212,7 +217,7 @@ def test_its_data_may_lie_anywhere(start: Start, tmp_path: Path, folder: str) ->
     home.parent.mkdir(parents=True)
     home.parent.chmod(0o700)
 
-    assert start(home).balance("1111111111") == 1500
+    assert start(home, new=True).balance("1111111111") == 1500
 
 
 def test_two_run_at_once(start: Start, tmp_path: Path) -> None:
@@ -234,7 +239,7 @@ def test_a_normal_user_can_run_it(start: Start) -> None:
         except (PermissionError, subprocess.CalledProcessError):
             pytest.skip("another user cannot enter this checkout, its venv or its Python")
 
-        service = start(Path(folder) / "data", user=user)
+        service = start(Path(folder) / "data", new=True, user=user)
 
         assert service.balance("1111111111") == 1500
         assert {service.home.stat().st_uid, (service.home / "postgres").stat().st_uid} == {user}
@@ -432,15 +437,6 @@ def test_a_database_that_is_not_there_or_not_migrated(server: SimpleNamespace) -
 
 as_root = pytest.mark.skipif(os.getuid() != 0, reason="only root runs PostgreSQL as another user")
 NOBODY = pwd.getpwnam("nobody").pw_uid
-
-
-@pytest.fixture(scope="module")
-def used_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data folder that has been used once, for tests to copy."""
-    home = tmp_path_factory.mktemp("used") / "data"
-    ran = run("psql", "-X", "-c", "select 1", WALLET_DATA_DIR=str(home))
-    assert ran.returncode == 0, ran.stderr
-    return home
 
 
 @pytest.fixture
@@ -643,8 +639,9 @@ ANOTHER_SERVER = {
 
 @pytest.mark.parametrize("variable", [*ANOTHER_SERVER, None])
 def test_the_embedded_server_and_its_programs_see_no_other_server(start: Start, variable: str | None) -> None:
+    """A first start, with its initdb and its migrations, sees all of them at once."""
     settings = ANOTHER_SERVER if variable is None else {variable: ANOTHER_SERVER[variable]}
-    service = start(**settings)
+    service = start(new=variable is None, **settings)
     service.deposit("1111111111", 5)
     for pid in (service.postgres(), *service.workers()):
         if pid in service.workers():  # forked: what it was started with is not what it has
