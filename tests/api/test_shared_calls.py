@@ -15,6 +15,7 @@ from aiohttp.test_utils import TestClient
 from pytest_aiohttp.plugin import AiohttpClient
 
 from app.calls.dispatch import SIDING, TROUBLE
+from app.calls.lane import Siding
 from app.calls.line import Line, Outcome, Request, refused
 from app.calls.trouble import Trouble
 from app.settings import Settings
@@ -321,6 +322,23 @@ def test_what_is_refused_before_a_lock_is_looked_at_speaks_for_nobody(sqlstate: 
     assert noted(trouble, ("a", sqlstate)) == {"a"}
     assert noted(trouble, ("a", sqlstate), ("a b", "55P03")) == {"a"}
     assert noted(Trouble(), ("a", sqlstate), ("a b", "55P03")) == {"a", "b"}
+
+
+async def test_the_siding_begins_by_turns_with_what_is_in_trouble_and_tries_alone_what_may_be_refused() -> None:
+    trouble = Trouble()
+    noted(trouble, ("refused", "P0001"), ("locked", "55P03"))
+    siding = Siding(100, 10, trouble)
+
+    def wait(wallet: str, *, atomic: bool = False) -> None:
+        siding._queue([Request(wallet, uuid4(), "DEPOSIT", 1)], siding.now() + 10, 0, atomic=atomic)
+
+    def taken() -> list[str]:
+        return [waiting.requests[0].wallet_uuid for waiting in siding._take()]
+
+    for wallet in ("refused", "a", "locked", "b", "locked", "refused", "c"):
+        wait(wallet, atomic=wallet == "a")
+    assert [taken() for _ in range(6)] == [["refused"], ["a"], ["locked", "b", "c"], ["locked"], ["refused"], []]
+    siding.close()
 
 
 async def test_an_atomic_request_with_a_locked_wallet_waits_as_a_whole(
