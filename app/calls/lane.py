@@ -286,10 +286,11 @@ class Siding(Lane):
         tried = 0.0
         while any(map(Outcome.is_locked, outcomes)):
             if self._loop.time() >= until - self._headroom:
-                break
+                untried = self._trouble.untried(*requests)
+                return [untried if outcome.is_locked() else outcome for outcome in outcomes]
             outcomes = await self._queue(requests, until, tried, atomic=True) or outcomes
             tried = self._loop.time()
-        return [self._trouble.untried(*requests) if outcome.is_locked() else outcome for outcome in outcomes]
+        return outcomes
 
     def _queue(
         self, requests: Sequence[Request], until: float, tried: float, *, atomic: bool = False

@@ -380,6 +380,15 @@ async def test_an_atomic_request_that_was_never_tried_is_not_applied(client: Tes
     assert [outcome.sqlstate for outcome in outcomes] == ["P0001", "P0001"]
 
 
+async def test_a_large_atomic_request_that_was_never_tried_is_told_in_no_time(client: TestClient) -> None:
+    siding = client.app[SIDING]
+    requests = [Request(f"w{number}", uuid4(), "DEPOSIT", 1) for number in range(10_000)]
+    began = time.monotonic()
+    outcomes = await siding.apply_atomic(requests, siding.now(), None)
+    assert time.monotonic() - began < 1
+    assert {outcome.sqlstate for outcome in outcomes} == {"55P03"}
+
+
 async def atomic(client: TestClient, *items: tuple[str, int]) -> ClientResponse:
     """Ask for deposits, all or none."""
     operations = [
