@@ -23,6 +23,8 @@ from app.server.migrations import LOGIN, dbmate
 from app.settings import CHECKOUT, Settings
 from app.web.application import make_app
 
+SETTINGS = ("DATABASE_URL", "HOST", "PORT", "WORKERS", "WALLET_DATA_DIR")
+
 MEMORY = Path("/dev/shm")
 ROOM = 4 * 2**30
 """Bytes that must be free in memory if the tests are to put their files there."""
@@ -112,13 +114,19 @@ def clone(postgresql_noproc: NoopExecutor) -> Iterator[Clone]:
         yield clone
 
 
+def environment_with(**settings: str) -> dict[str, str]:
+    """Return the environment of a service; the tests' own server does not flush."""
+    kept = {name: value for name, value in os.environ.items() if name not in SETTINGS}
+    return {**kept, "ALLOW_FSYNC_OFF": "true", **settings}
+
+
 @pytest.fixture(scope="session")
 def used_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data folder of the embedded mode that has been used once, for tests to copy."""
     home = tmp_path_factory.mktemp("used") / "data"
     query = [sys.executable, "-m", "app", "psql", "-X", "-c", "select 1"]
-    environment = {**os.environ, "WALLET_DATA_DIR": str(home)}
-    subprocess.run(query, cwd=CHECKOUT, env=environment, stdin=subprocess.DEVNULL, check=True, capture_output=True)
+    environment = environment_with(WALLET_DATA_DIR=str(home))
+    subprocess.run(query, cwd=CHECKOUT, env=environment, stdin=subprocess.DEVNULL, check=True, stdout=subprocess.PIPE)
     return home
 
 

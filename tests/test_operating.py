@@ -16,8 +16,8 @@ from psycopg.rows import namedtuple_row
 from app.server.embedded import BINARIES, Postgres
 from app.server.migrations import LOGIN, dbmate
 from app.settings import CHECKOUT
-from tests.api.test_process import Start, environment_with, start, wait_until
-from tests.conftest import open_folder
+from tests.api.test_process import Start, start, wait_until
+from tests.conftest import environment_with, open_folder
 from tests.db.test_migrations import catalogue
 
 __all__ = ["start"]  # a fixture

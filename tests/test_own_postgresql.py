@@ -13,7 +13,8 @@ import psycopg
 
 from app.server.embedded import Postgres
 from app.settings import CHECKOUT
-from tests.api.test_process import environment_with, free_port, wait_until
+from tests.api.test_process import free_port, wait_until
+from tests.conftest import environment_with
 
 README = (CHECKOUT / "README.md").read_text()
 

@@ -17,6 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from app.settings import CHECKOUT
 from tests.api.test_process import Service, Start, start
+from tests.conftest import environment_with
 from tests.db.test_readme import END, stripped
 from tests.proxy import Http, Point, Proxy
 
@@ -53,7 +54,7 @@ def run(text: str, service: Service, typed: str = "") -> subprocess.CompletedPro
     return subprocess.run(
         ["bash", "-c", text.replace("8000", str(service.port)).replace(".venv/bin/python", '"$PYTHON"')],
         cwd=CHECKOUT,
-        env=os.environ | {"PYTHON": sys.executable, "WALLET_DATA_DIR": str(service.home), "PSQLRC": os.devnull},
+        env=environment_with(PYTHON=sys.executable, WALLET_DATA_DIR=str(service.home), PSQLRC=os.devnull),
         input=typed,
         capture_output=True,
         text=True,

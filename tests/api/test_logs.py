@@ -24,7 +24,8 @@ from app.logs import WAITING_LIMIT
 from app.metrics import MAX_AGE
 from app.server.embedded import running_server
 from app.settings import CHECKOUT
-from tests.api.test_process import COMMAND, environment_with, free_port, wait_until
+from tests.api.test_process import COMMAND, free_port, wait_until
+from tests.conftest import environment_with
 
 MADE_ID = re.compile(r"[0-9a-f]{16}")
 ACCESS_FIELDS = {"time", "level", "logger", "request_id", "method", "path", "status", "ms", "peer"}

@@ -26,10 +26,9 @@ from psycopg.conninfo import conninfo_to_dict
 
 from app.server.embedded import LOG_LIMIT, Postgres, connection_url, running_server
 from app.settings import CHECKOUT
-from tests.conftest import open_folder
+from tests.conftest import environment_with, open_folder
 
 COMMAND = [sys.executable, "-m", "app"]
-SETTINGS = ("DATABASE_URL", "HOST", "PORT", "WORKERS", "WALLET_DATA_DIR")
 FIVE = {1: "1111111111", 2: "2222222222", 3: "3333333333", 4: "4444444444", 5: "5555555555"}
 
 
@@ -111,12 +110,6 @@ class Service:
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as free:
         return free.getsockname()[1]
-
-
-def environment_with(**settings: str) -> dict[str, str]:
-    """Return the environment of a service; the tests' own server does not flush."""
-    kept = {name: value for name, value in os.environ.items() if name not in SETTINGS}
-    return {**kept, "ALLOW_FSYNC_OFF": "true", **settings}
 
 
 def wait_until(come_true: Callable[[], Any], seconds: float = 30) -> None:

@@ -22,7 +22,8 @@ from app.calls.refusals import NO_SUCCESS
 from app.server.embedded import Postgres, connection_url, die_with_parent
 from app.server.migrations import LOGIN, dbmate
 from app.settings import CHECKOUT
-from tests.api.test_process import environment_with, free_port, is_alive
+from tests.api.test_process import free_port, is_alive
+from tests.conftest import environment_with
 from tests.proof.clients import CLIENTS, Connection, Lost
 from tests.proof.history import Books, Row
 from tests.proxy import Http, Proxy
