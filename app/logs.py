@@ -13,11 +13,16 @@ from datetime import UTC, datetime
 
 import msgspec
 from aiohttp.web import RequestPayloadError
+from msgspec import UNSET, UnsetType
 
 from app.metrics import LINES_DROPPED
 
 REQUEST_ID: ContextVar[str | None] = ContextVar("request_id", default=None)
 """The id of the request that is being handled."""
+PEER: ContextVar[str | None] = ContextVar("peer", default=None)
+"""The address of its client."""
+KEY: ContextVar[str | None] = ContextVar("key", default=None)
+"""The name of the key that it was made with."""
 FIELDS = ("sqlstate", "code")
 """What a record may carry beside its message."""
 FLUSH_INTERVAL = 0.1
@@ -235,8 +240,8 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
-        if (request_id := REQUEST_ID.get()) is not None:
-            line["request_id"] = request_id
+        about = (("request_id", REQUEST_ID.get()), ("peer", PEER.get()), ("key", KEY.get()))
+        line.update((name, value) for name, value in about if value is not None)
         line.update((name, record.__dict__[name]) for name in FIELDS if name in record.__dict__)
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
@@ -253,7 +258,7 @@ class TerminalFormatter(logging.Formatter):
 class AccessLine(msgspec.Struct, gc=False):
     """A request that was answered, as a line of the log.
 
-    `ms` is the time it took in milliseconds, `peer` the address of the client, or of the proxy, that is connected.
+    `ms` is the time it took in milliseconds, `peer` the client's address (app/web/peers.py), `key` the name of its key.
     """
 
     time: datetime
@@ -263,6 +268,7 @@ class AccessLine(msgspec.Struct, gc=False):
     status: int
     ms: float
     peer: str
+    key: str | UnsetType = UNSET
     level: str = "info"
     logger: str = "access"
 

@@ -1,7 +1,9 @@
 """Settings: environment variables, all optional. The table in the README says the same."""
 
+import ipaddress
 import os
 import re
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -33,6 +35,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Names, separated by commas, under which clients may address the service beside its loopback ones.
 
     None: any, unless the address to listen on is a loopback one."""
+    access: str | None = None
+    """`keys`: requests need a key; `open`: none does. None: open on a loopback address, and no start on another one."""
+    trusted_proxies: str | None = None
+    """Addresses or networks, separated by commas, of the proxies that are believed whose request they pass on."""
     workers: int = 1
     """Processes that serve requests."""
     pool_size: int = 10
@@ -97,6 +103,9 @@ def from_environment(environment: Mapping[str, str] = os.environ) -> Settings:
     for name in (settings.allowed_hosts or "").split(","):
         if name.strip() and not HOST.fullmatch(name.strip()):
             raise StartupError(f"ALLOWED_HOSTS: must be names like wallet.example or wallet.example:8443, not {name}")
+    if settings.access not in (None, "open", "keys"):
+        raise StartupError(f"ACCESS: must be open or keys, not {settings.access!r}")
+    networks(settings.trusted_proxies)
     level = settings.log_level.upper()
     if level not in ("DEBUG", "INFO", "WARNING", "ERROR"):
         raise StartupError(f"LOG_LEVEL: must be DEBUG, INFO, WARNING or ERROR, not {settings.log_level!r}")
@@ -107,3 +116,31 @@ def from_environment(environment: Mapping[str, str] = os.environ) -> Settings:
         except ValueError as error:
             raise StartupError(f"cannot use the database: DATABASE_URL {error}") from None
     return msgspec.structs.replace(settings, log_level=level, database_url=url)
+
+
+def access(settings: Settings) -> str:
+    """Return whether requests need keys: `open` or `keys`. Raises StartupError where neither is set off loopback."""
+    if settings.access is None and not is_loopback(settings.host):
+        raise StartupError(
+            f"others can reach HOST {settings.host}: set ACCESS=keys (requests need a key: python -m app key create) "
+            "or ACCESS=open (whoever reaches the port may do everything)"
+        )
+    return settings.access or "open"
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether a host to listen on can be reached from this machine only."""
+    try:
+        found = socket.getaddrinfo(host.strip("[]"), None)
+    except OSError:
+        return False
+    return all(ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback for *_, address in found)
+
+
+def networks(trusted_proxies: str | None) -> list[ipaddress.IPv4Network | ipaddress.IPv6Network]:
+    """Return the networks that TRUSTED_PROXIES lists. Raises StartupError."""
+    try:
+        names = (name.strip() for name in (trusted_proxies or "").split(","))
+        return [ipaddress.ip_network(name, strict=False) for name in names if name]
+    except ValueError as error:
+        raise StartupError(f"TRUSTED_PROXIES: must be addresses or networks like 10.0.0.0/8: {error}") from None

@@ -23,7 +23,7 @@ from app.server.migrations import LOGIN, dbmate
 from app.settings import CHECKOUT, Settings
 from app.web.application import make_app
 
-SETTINGS = ("DATABASE_URL", "HOST", "PORT", "WORKERS", "WALLET_DATA_DIR")
+SETTINGS = ("DATABASE_URL", "HOST", "PORT", "WORKERS", "WALLET_DATA_DIR", "ACCESS", "TRUSTED_PROXIES")
 
 MEMORY = Path("/dev/shm")
 ROOM = 4 * 2**30

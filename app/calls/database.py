@@ -335,12 +335,12 @@ async def get_balance(pool: Pool, wallet_uuid: str, at: datetime | None = None) 
     return _balance(await pool.fetch(f"select {_BALANCE} from wallet.get_wallet($1, $2)", wallet_uuid, at))
 
 
-async def list_wallets(pool: Pool, after: str | None, limit: int) -> tuple[list[Balance], bool]:
-    """Return wallets by name, after a name, and whether there are more."""
-    query = f"select {_BALANCE} from wallet.list_wallets($1, $2)"
+async def list_wallets(pool: Pool, after: str | None, limit: int, prefix: str | None) -> tuple[list[Balance], bool]:
+    """Return wallets whose names begin with a prefix by name, after a name, and whether there are more."""
+    query = f"select {_BALANCE} from wallet.list_wallets($1, $2, $3)"
     async with asyncio.timeout(pool.deadline):
-        wallets = [balance_of(row[0]) for row in await pool.fetch(query, after, limit)]
-        return wallets, len(wallets) == limit and bool(await pool.fetch(query, wallets[-1].uuid, 1))
+        wallets = [balance_of(row[0]) for row in await pool.fetch(query, after, limit, prefix)]
+        return wallets, len(wallets) == limit and bool(await pool.fetch(query, wallets[-1].uuid, 1, prefix))
 
 
 async def get_operation(pool: Pool, wallet_uuid: str, operation_uuid: UUID) -> Operation:
@@ -376,6 +376,17 @@ async def list_holds(pool: Pool, wallet_uuid: str, after: int | None, limit: int
     async with asyncio.timeout(pool.deadline):
         holds = [hold_of(row[0]) for row in await pool.fetch(query, wallet_uuid, after, limit)]
         return holds, len(holds) == limit and bool(await pool.fetch(query, wallet_uuid, holds[-1].seq, 1))
+
+
+async def live_keys(connection: Any) -> list[asyncpg.Record]:
+    """Return the keys that are valid: name, digest, scopes, wallet_prefix, and seconds, what each has left or None."""
+    query = """
+      select name, digest, scopes, wallet_prefix,
+        extract(epoch from expires_at - clock_timestamp())::double precision as seconds
+      from wallet.live_keys()
+    """
+    rows: list[asyncpg.Record] = await connection.fetch(query)
+    return rows
 
 
 def _balance(rows: list[asyncpg.Record]) -> Balance:

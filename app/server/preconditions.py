@@ -17,7 +17,12 @@ TIMEOUT = 5.0
 
 def sessions(settings: Settings) -> int:
     """Return how many sessions the service may have at once."""
-    return settings.workers * (settings.pool_size + settings.lanes + BULK_LINES + SIDING_LINES)
+    return settings.workers * (settings.pool_size + settings.lanes + _beside(settings))
+
+
+def _beside(settings: Settings) -> int:
+    """Return how many sessions a worker has beside those that are set: one of them reads the keys."""
+    return BULK_LINES + SIDING_LINES + (settings.access == "keys")
 
 
 async def check(settings: Settings) -> None:
@@ -119,8 +124,7 @@ async def see_that_sessions_fit(connection: Any, settings: Settings) -> None:
         if 0 <= limit < room:
             room, why = limit, f"the connection limit of the {whose}"
     if (wanted := sessions(settings)) > room:
-        beside = BULK_LINES + SIDING_LINES
         raise StartupError(
             f"the settings want {wanted} sessions, WORKERS {settings.workers} x (POOL_SIZE {settings.pool_size} "
-            f"+ LANES {settings.lanes} + {beside}), and the database has room for {room} ({why})"
+            f"+ LANES {settings.lanes} + {_beside(settings)}), and the database has room for {room} ({why})"
         )

@@ -23,7 +23,7 @@ from app.server import preconditions
 from app.server.embedded import Postgres, die_with_parent, forget_server
 from app.server.migrations import LOGIN, bring_up_to_date
 from app.server.preconditions import sessions
-from app.settings import Settings, StartupError
+from app.settings import Settings, StartupError, access
 from app.web.application import make_app
 from app.web.connections import raise_file_limit
 
@@ -47,13 +47,14 @@ def serve(settings: Settings) -> None:
     with contextlib.ExitStack() as stack:
         stack.callback(logs.finish)
         sockets = [stack.enter_context(listening) for listening in listen(settings)]
+        wants_keys = access(settings) == "keys"
         postgres = None
         if settings.database_url is None:
             postgres = embedded_postgres(settings)
             stack.callback(postgres.stop)
             settings = start_embedded(postgres, settings)
         asyncio.run(preconditions.check(settings))
-        announce(settings, sockets[0], postgres)
+        announce(settings, sockets[0], postgres, wants_keys=wants_keys)
         supervise(settings, sockets, postgres)
 
 
@@ -100,7 +101,9 @@ def start_embedded(postgres: Postgres, settings: Settings) -> Settings:
     return msgspec.structs.replace(settings, database_url=postgres.url(LOGIN))
 
 
-def announce(settings: Settings, listening: socket.socket, postgres: Postgres | None) -> None:
+def announce(
+    settings: Settings, listening: socket.socket, postgres: Postgres | None, *, wants_keys: bool = False
+) -> None:
     """Say where the service listens, where its data lies and what to try.
 
     That is for people, on standard output; where both outputs are one pipe, a program reads the log there, which then
@@ -111,7 +114,8 @@ def announce(settings: Settings, listening: socket.socket, postgres: Postgres | 
     say = logs.tell if logs.share_a_pipe(1, 2) else print
     say(f"Listening on {url}")
     say(f"Data in {postgres.home} (embedded PostgreSQL)" if postgres else "Data in the PostgreSQL of DATABASE_URL")
-    say(f"Try: curl {url}/api/v1/wallets/1111111111")
+    key = "-H 'Authorization: Bearer wk_...' " if wants_keys else ""
+    say(f"Try: curl {key}{url}/api/v1/wallets/1111111111")
     sys.stdout.flush()
 
 

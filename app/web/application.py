@@ -1,6 +1,6 @@
 """The aiohttp application: routes, resources, and what is looked at before a handler is asked."""
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import get_args
 
@@ -11,9 +11,10 @@ from app import metrics
 from app.calls import database, dispatch
 from app.calls.database import SETTINGS
 from app.calls.refusals import DATABASE_REFUSED, REFUSALS
-from app.settings import Settings
-from app.web import connections, docs, handlers, origins
+from app.settings import Settings, access
+from app.web import connections, docs, handlers, keys, origins, peers
 from app.web.body import ROOM, Room, check_head
+from app.web.keys import OPEN, OPERATE
 from app.web.messages import OperationType, check_query
 from app.web.request_log import access_log, answer
 from app.web.turns import Turns
@@ -33,53 +34,69 @@ OUTCOMES = (
 
 
 def make_app(settings: Settings) -> web.Application:
-    """Return the application; `settings.database_url` names the database."""
+    """Return the application; `settings.database_url` names the database. Raises StartupError: see settings.access."""
+    wants_keys = access(settings) == "keys"
     app = web.Application(handler_args={"auto_decompress": False})
     app[SETTINGS] = settings
     app[ROOM] = Room(settings.body_memory * MIB)
     app[handlers.TURNS] = Turns()
-    app.cleanup_ctx.extend([access_log, database.pool, dispatch.keep_lanes])
-    routes = [  # the router tries those that share a prefix in this order
-        web.post("/api/v1/wallets/{wallet_uuid}/operation", handlers.apply_operation),
-        web.put("/api/v1/wallets/{wallet_uuid}/operations/{operation_uuid}", handlers.put_operation),
-        web.get("/api/v1/wallets/{wallet_uuid}/operations/{operation_uuid}", handlers.get_operation),
-        web.get("/api/v1/wallets/{wallet_uuid}/operations", handlers.list_operations),
-        web.get("/api/v1/wallets/{wallet_uuid}/holds", handlers.list_holds),
-        web.get("/api/v1/wallets/{wallet_uuid}/balance", handlers.get_balance),
-        web.get("/api/v1/wallets/{wallet_uuid}", handlers.get_wallet),
-        web.put("/api/v1/wallets/{wallet_uuid}", handlers.put_wallet),
-        web.patch("/api/v1/wallets/{wallet_uuid}", handlers.set_status),
-        web.get("/api/v1/wallets", handlers.list_wallets),
-        web.post("/api/v1/wallets", handlers.create_wallet),
-        web.post("/api/v1/operations", handlers.apply_operations),
-        web.get("/healthz", handlers.healthz),
-        web.get("/readyz", handlers.readyz),
-        web.get("/metrics", metrics.metrics),
-        *docs.routes(),
-    ]
-    check_origin = origins.guard(settings)
+    app.cleanup_ctx.extend([access_log, database.pool, dispatch.keep_lanes, *([keys.keep] if wants_keys else [])])
+    check_origin, admit = origins.guard(settings), keys.admit if wants_keys else keys.admit_anybody
     app.router.add_routes(
-        web.RouteDef(r.method, r.path, guarded(r.handler, check_origin), {**r.kwargs, "expect_handler": expect})
-        for r in routes
+        web.RouteDef(
+            r.method, r.path, guarded(r.handler, scopes, check_origin, admit), {**r.kwargs, "expect_handler": expect}
+        )
+        for r, scopes in routes(wants_keys=wants_keys)
     )
     metrics.begin_at_zero(app.router, OPERATION_TYPES, OUTCOMES)
-    connections.keep(app, settings, partial(answer, app))
+    connections.keep(app, settings, partial(answer, app, peers.finder(settings)))
     return app
+
+
+def routes(*, wants_keys: bool) -> list[tuple[web.RouteDef, tuple[str, ...]]]:
+    """Return the routes, each with the scopes of which a key needs one.
+
+    The router tries those that share a prefix in this order.
+    """
+    return [
+        (web.post("/api/v1/wallets/{wallet_uuid}/operation", handlers.apply_operation), OPERATE),
+        (web.put("/api/v1/wallets/{wallet_uuid}/operations/{operation_uuid}", handlers.put_operation), OPERATE),
+        (web.get("/api/v1/wallets/{wallet_uuid}/operations/{operation_uuid}", handlers.get_operation), ("read",)),
+        (web.get("/api/v1/wallets/{wallet_uuid}/operations", handlers.list_operations), ("read",)),
+        (web.get("/api/v1/wallets/{wallet_uuid}/holds", handlers.list_holds), ("read",)),
+        (web.get("/api/v1/wallets/{wallet_uuid}/balance", handlers.get_balance), ("read",)),
+        (web.get("/api/v1/wallets/{wallet_uuid}", handlers.get_wallet), ("read",)),
+        (web.put("/api/v1/wallets/{wallet_uuid}", handlers.put_wallet), ("create",)),
+        (web.patch("/api/v1/wallets/{wallet_uuid}", handlers.set_status), ("admin",)),
+        (web.get("/api/v1/wallets", handlers.list_wallets), ("read",)),
+        (web.post("/api/v1/wallets", handlers.create_wallet), ("create",)),
+        (web.post("/api/v1/operations", handlers.apply_operations), OPERATE),
+        (web.get("/healthz", handlers.healthz), OPEN),
+        (web.get("/readyz", handlers.readyz), OPEN),
+        (web.get("/metrics", metrics.metrics), ("metrics",)),
+        *((route, OPEN) for route in docs.routes(wants_keys=wants_keys)),
+    ]
 
 
 async def expect(_request: web.Request) -> None:
     """Don't answer `Expect: 100-continue` in the router: a client whose request is refused is not told to go on."""
 
 
-def guarded(handler: Handler, check_origin: Callable[[web.Request], None]) -> Handler:
+def guarded(
+    handler: Handler,
+    scopes: tuple[str, ...],
+    check_origin: Callable[[web.Request], None],
+    admit: Callable[[web.Request, tuple[str, ...]], Awaitable[None]],
+) -> Handler:
     """Return a handler that is asked only for what its request's head allows.
 
-    The contract's order is the protocol, the route, whose page asks, the form. The body comes later.
+    The contract's order is the protocol, the route, whose page asks, who asks, the form. The body comes later.
     """
     has_query = handler in (handlers.list_operations, handlers.list_holds, handlers.list_wallets, handlers.get_balance)
 
     async def enter(request: web.Request) -> web.StreamResponse:
         check_origin(request)
+        await admit(request, scopes)
         check_head(request)
         if not has_query:
             check_query(request)

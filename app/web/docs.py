@@ -32,11 +32,11 @@ IMMUTABLE = "public, max-age=31536000, immutable"
 _TYPES = {".css": "text/css", ".js": "text/javascript"}
 
 
-def routes() -> list[web.RouteDef]:
+def routes(*, wants_keys: bool) -> list[web.RouteDef]:
     """Return the routes of the description and of the page that shows it."""
     page = (STATIC / "index.html").read_bytes()
     return [
-        web.get("/openapi.json", _serve(description(), "application/json", REVALIDATE)),
+        web.get("/openapi.json", _serve(description(wants_keys=wants_keys), "application/json", REVALIDATE)),
         web.get("/docs", _serve(page, "text/html", REVALIDATE, {"Content-Security-Policy": CONTENT_SECURITY_POLICY})),
         web.get("/docs/", _redirect_to_docs),
         *(
@@ -51,9 +51,15 @@ def routes() -> list[web.RouteDef]:
 
 
 @functools.cache
-def description() -> bytes:
-    """Return openapi.yaml as JSON."""
-    return msgspec.json.encode(yaml.load(DESCRIPTION.read_bytes(), getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
+def description(*, wants_keys: bool) -> bytes:
+    """Return openapi.yaml as JSON. Where no key is needed, each request may also be made without."""
+    document = yaml.load(DESCRIPTION.read_bytes(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    if not wants_keys:
+        for item in document["paths"].values():
+            for operation in item.values():
+                if "security" in operation:
+                    operation["security"] = [{}, *operation["security"]]
+    return msgspec.json.encode(document)
 
 
 def _serve(body: bytes, content_type: str, cache_control: str, headers: dict[str, str] | None = None) -> Handler:

@@ -12,6 +12,7 @@ from app.calls.line import Outcome, Request
 from app.calls.records import Wallet
 from app.calls.refusals import NO_SUCCESS, Refusal, code_of
 from app.web.body import BULK_BODY_LIMIT, receive_body
+from app.web.keys import CALLER, permit_operation, permit_operations, permit_wallet
 from app.web.messages import (
     Applied,
     HoldPage,
@@ -56,6 +57,7 @@ _new_operations = decoder(NewOperations)
 async def create_wallet(request: web.Request) -> web.Response:
     """POST /api/v1/wallets"""
     new = await read_body(request, _new_wallet) if request.can_read_body else NewWallet()
+    permit_wallet(request, new.uuid)
     wallet = await database.create_wallet(request.app[POOL], new.uuid, new.currency)
     return respond(Wallet(wallet.id, wallet.uuid, wallet.balance), 201, Location=f"/api/v1/wallets/{wallet.uuid}")
 
@@ -74,7 +76,9 @@ async def put_wallet(request: web.Request) -> web.Response:
 async def list_wallets(request: web.Request) -> web.Response:
     """GET /api/v1/wallets"""
     page = read_query(request.query, WalletPage)
-    wallets, more = await database.list_wallets(request.app[POOL], page.after, page.limit)
+    wallets, more = await database.list_wallets(
+        request.app[POOL], page.after, page.limit, request[CALLER].prefix or None
+    )
     return respond(Wallets(wallets, wallets[-1].uuid if more else None))
 
 
@@ -100,6 +104,7 @@ async def apply_operation(request: web.Request) -> web.Response:
     """POST /api/v1/wallets/{wallet_uuid}/operation"""
     name = wallet_uuid(request)
     new = await read_body(request, _new_operation)
+    permit_operation(request, new.operation_type)
     outcome = await dispatch.apply_one(request.app, _request(name, new.operation_uuid, new))
     if outcome.sqlstate is not None:
         raise _refusal(outcome)
@@ -109,8 +114,9 @@ async def apply_operation(request: web.Request) -> web.Response:
 async def put_operation(request: web.Request) -> web.Response:
     """PUT /api/v1/wallets/{wallet_uuid}/operations/{operation_uuid}"""
     name, operation = wallet_uuid(request), operation_uuid(request)
-    asked = _request(name, operation, await read_body(request, _terms))
-    outcome = await dispatch.apply_one(request.app, asked._replace(whole=True))
+    terms = await read_body(request, _terms)
+    permit_operation(request, terms.operation_type)
+    outcome = await dispatch.apply_one(request.app, _request(name, operation, terms)._replace(whole=True))
     if outcome.sqlstate is not None and not outcome.is_repeat():
         raise _refusal(outcome, conflicts=True)
     return respond(outcome.recorded(), 201 if outcome.sqlstate is None else 200)
@@ -121,7 +127,7 @@ async def apply_operations(request: web.Request) -> web.Response:
     turns = request.app[TURNS]
     dispatch.admit_bulk(request.app)
     with await receive_body(request, BULK_BODY_LIMIT) as body:
-        asked, atomic = await turns.take(lambda: _requests(body))
+        asked, atomic = await turns.take(lambda: _requests(request, body))
     outcomes = await dispatch.apply_all(request.app, asked, atomic=atomic)
     return await turns.take(lambda: respond(Results(list(map(_result, asked, outcomes)))))
 
@@ -179,9 +185,11 @@ def _request(wallet: str, operation: UUID, terms: Terms) -> Request:
     )
 
 
-def _requests(body: bytes | bytearray) -> tuple[list[Request], bool]:
+def _requests(request: web.Request, body: bytes | bytearray) -> tuple[list[Request], bool]:
     new = decode_body(body, _new_operations)
-    return [_request(each.wallet_uuid, each.operation_uuid, each) for each in new.operations], new.atomic
+    asked = [_request(each.wallet_uuid, each.operation_uuid, each) for each in new.operations]
+    permit_operations(request, asked)
+    return asked, new.atomic
 
 
 def _refusal(outcome: Outcome, *, conflicts: bool = False) -> Problem:

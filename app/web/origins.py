@@ -8,13 +8,12 @@ none of this, or what their user meant.
 
 import functools
 import ipaddress
-import socket
 from collections.abc import Callable
 from urllib.parse import urlsplit
 
 from aiohttp import hdrs, web
 
-from app.settings import HOST, Settings
+from app.settings import HOST, Settings, is_loopback
 from app.web.problems import Problem
 
 OWN_SITES = ("same-origin", "none")
@@ -27,7 +26,7 @@ DEFAULT_PORTS = {"http": 80, "https": 443}
 def guard(settings: Settings) -> Callable[[web.Request], None]:
     """Return what raises Problem for a request that another's page caused: 421 for its Host, 403 for its origin."""
     named = settings.allowed_hosts
-    any_host = named is None and not _is_loopback(settings.host)
+    any_host = named is None and not is_loopback(settings.host)
 
     def is_own(host: str, port: int | None) -> bool:
         return (
@@ -102,12 +101,3 @@ def _is_loopback_name(host: str) -> bool:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
-
-
-def _is_loopback(host: str) -> bool:
-    """Tell whether a host to listen on can be reached from this machine only."""
-    try:
-        found = socket.getaddrinfo(host.strip("[]"), None)
-    except OSError:
-        return False
-    return all(ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback for *_, address in found)

@@ -4,13 +4,14 @@ import functools
 import random
 import re
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime
 
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler
+from msgspec import UNSET
 
-from app.logs import REQUEST_ID, AccessLine, AccessLog
+from app.logs import KEY, PEER, REQUEST_ID, AccessLine, AccessLog
 from app.metrics import REQUEST_SECONDS
 from app.web.connections import check_protocol
 from app.web.problems import answer_to
@@ -31,7 +32,9 @@ _histogram = functools.cache(REQUEST_SECONDS.labels)
 """A look-up of the labels for each request would cost more than the observation."""
 
 
-async def answer(app: web.Application, handler: Handler, request: web.Request) -> web.StreamResponse:
+async def answer(
+    app: web.Application, peer_of: Callable[[web.Request], str], handler: Handler, request: web.Request
+) -> web.StreamResponse:
     """Take the request's id from X-Request-ID or make one, and repeat it in the answer; log and measure the request.
 
     What was never routed, because it is not HTTP, has neither method nor path.
@@ -40,6 +43,8 @@ async def answer(app: web.Application, handler: Handler, request: web.Request) -
     given = request.headers.get("X-Request-ID", "")
     request_id = given if _GOOD_ID.fullmatch(given) else f"{random.getrandbits(64):016x}"
     REQUEST_ID.set(request_id)
+    PEER.set(peer := peer_of(request))
+    KEY.set(None)  # a connection's requests share a context
     response: web.StreamResponse | None
     try:
         check_protocol(request)
@@ -64,7 +69,7 @@ async def answer(app: web.Application, handler: Handler, request: web.Request) -
     if log.enabled and (route != PROBE or response.status != 200):
         asked = (request.method, request.rel_url.raw_path[:200]) if match is not None else ("-", "-")
         ms = round(seconds * 1000, 3)
-        log.add(AccessLine(datetime.now(UTC), request_id, *asked, response.status, ms, request.remote or ""))
+        log.add(AccessLine(datetime.now(UTC), request_id, *asked, response.status, ms, peer, KEY.get() or UNSET))
     return response
 
 

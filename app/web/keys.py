@@ -1,0 +1,209 @@
+"""Who may do what. A key has scopes and reaches the wallets whose names begin with its prefix; SQL knows its digest.
+
+Each worker holds the keys that are valid, by digest, so that an unknown one costs no query and leaves nothing behind.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import math
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, NamedTuple
+
+import asyncpg
+from aiohttp import hdrs, web
+
+from app import logs
+from app.calls.database import FIRST_ATTEMPT, SETTINGS, connect, live_keys, pauses
+from app.calls.line import Request
+from app.settings import Settings
+from app.web.problems import Problem
+
+INTERVAL = 1.0
+"""Seconds between two readings of the keys."""
+TRUST = 5.0
+"""Seconds for which a reading holds, from its begin: a key that is revoked lives no longer."""
+TIMEOUT = TRUST / 2
+"""Seconds that a reading may take."""
+SECRET_LIMIT = 128
+"""Characters of a secret, at most: a longer one is not looked up."""
+
+OPEN = ()
+"""The scopes of which one is needed for what everybody may ask."""
+SCOPES = {"DEPOSIT": "deposit", "WITHDRAW": "withdraw", "TRANSFER": "transfer", "HOLD": "hold", "RELEASE": "hold"}
+"""The scope that each type of operation needs."""
+OPERATE = tuple(dict.fromkeys(SCOPES.values()))
+"""The scopes of which one is needed to ask for operations at all."""
+
+_log = logging.getLogger("wallet")
+
+
+class Key(NamedTuple):
+    """A caller: what it is called, what it may do, how its wallets' names begin, until when (by time.monotonic())."""
+
+    name: str | None
+    scopes: frozenset[str]
+    prefix: str
+    until: float
+
+
+ANYBODY = Key(None, frozenset(("read", "create", *OPERATE, "admin", "metrics")), "", math.inf)
+"""Every caller, where no key is needed."""
+CALLER = web.RequestKey("caller", Key)
+
+
+class Keys:
+    """The keys that are valid, as of the last reading."""
+
+    def __init__(self) -> None:
+        self._keys: dict[bytes, Key] = {}
+        self._trusted_until = -math.inf
+        self._fresh = asyncio.Event()
+
+    async def find(self, digest: bytes, until: float) -> Key | None:
+        """Return the key with a digest. Raises TimeoutError if nothing is known of it at `until` (on the loop's clock).
+
+        The clock is the real one: the loop's stands still while a process does.
+        """
+        while (now := time.monotonic()) >= self._trusted_until:
+            self._fresh.clear()
+            async with asyncio.timeout_at(until):
+                await self._fresh.wait()
+        key = self._keys.get(digest)
+        return key if key is not None and now < key.until else None
+
+    async def keep(self, settings: Settings) -> None:
+        """Read the keys again and again, for ever."""
+        timeout = min(TIMEOUT, FIRST_ATTEMPT * settings.request_deadline)
+        connection: Any = None
+        pause = pauses()
+        told = False
+        try:
+            while True:
+                try:
+                    async with asyncio.timeout(timeout):
+                        if connection is None or connection.is_closed():
+                            assert settings.database_url is not None
+                            connection = await connect(settings.database_url, timeout, "wallet keys")
+                        await self._read(connection)
+                    pause, told = pauses(), False
+                    await asyncio.sleep(INTERVAL)
+                except Exception as error:
+                    if not told:
+                        extra = {"sqlstate": error.sqlstate} if isinstance(error, asyncpg.PostgresError) else {}
+                        _log.warning("the keys cannot be read: %s", type(error).__name__, extra=extra)
+                    told = True
+                    if connection is not None:
+                        connection.terminate()
+                    await asyncio.sleep(next(pause))
+        finally:
+            if connection is not None:
+                connection.terminate()
+
+    async def _read(self, connection: Any) -> None:
+        began = time.monotonic()
+        self._keys = {
+            row["digest"]: Key(
+                row["name"],
+                frozenset(row["scopes"]),
+                row["wallet_prefix"] or "",
+                math.inf if row["seconds"] is None else began + row["seconds"],
+            )
+            for row in await live_keys(connection)
+        }
+        self._trusted_until = began + TRUST
+        self._fresh.set()
+
+
+KEYS = web.AppKey("keys", Keys)
+
+
+async def keep(app: web.Application) -> AsyncIterator[None]:
+    """Hold the keys while the app runs."""
+    app[KEYS] = Keys()
+    reading = asyncio.create_task(app[KEYS].keep(app[SETTINGS]))
+    yield
+    reading.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await reading
+
+
+async def admit_anybody(request: web.Request, scopes: Sequence[str]) -> None:
+    """Take every request, whatever it needs."""
+    request[CALLER] = ANYBODY
+
+
+async def admit(request: web.Request, scopes: Sequence[str]) -> None:
+    """Take a request with a key that has one of these scopes, where it needs any, and reaches the wallet in its path.
+
+    Raises Problem: 401, 403; and TimeoutError if the keys cannot be read.
+    """
+    if not scopes:
+        return
+    secret = presented(request)
+    if secret is None:
+        raise unauthorized("This needs a key: Authorization: Bearer wk_...")
+    key = None
+    if secret.startswith("wk_") and len(secret) <= SECRET_LIMIT and secret.isascii():
+        until = asyncio.get_running_loop().time() + request.app[SETTINGS].request_deadline
+        key = await request.app[KEYS].find(hashlib.sha256(secret.encode()).digest(), until)
+    if key is None:
+        raise unauthorized("The key is unknown, expired or revoked", error="invalid_token")
+    logs.KEY.set(key.name)
+    if key.scopes.isdisjoint(scopes):
+        raise out_of_scope(*scopes)
+    if not request.match_info.get("wallet_uuid", key.prefix).startswith(key.prefix):
+        raise out_of_reach(key)
+    request[CALLER] = key
+
+
+def presented(request: web.Request) -> str | None:
+    """Return the secret that a request presents (RFC 6750, section 2.1); None: it presents none, or several."""
+    headers = request.headers
+    if hdrs.AUTHORIZATION not in headers:
+        return None
+    [given, *others] = headers.getall(hdrs.AUTHORIZATION)
+    scheme, _, secret = given.partition(" ")
+    return None if others or scheme.lower() != "bearer" else secret.strip(" ")
+
+
+def permit_wallet(request: web.Request, name: str | None) -> None:
+    """Raise Problem (403) if the caller may not create a wallet of this name; None: of a random one."""
+    if not (name or "").startswith(request[CALLER].prefix):
+        raise out_of_reach(request[CALLER])
+
+
+def permit_operation(request: web.Request, operation_type: str) -> None:
+    """Raise Problem (403) if the caller may not ask for operations of a type."""
+    if (scope := SCOPES[operation_type]) not in request[CALLER].scopes:
+        raise out_of_scope(scope)
+
+
+def permit_operations(request: web.Request, operations: Sequence[Request]) -> None:
+    """Raise Problem (403) if the caller may not ask for one of these operations. A payee may be any wallet."""
+    caller = request[CALLER]
+    if caller is ANYBODY:
+        return
+    for number, operation in enumerate(operations):
+        if (scope := SCOPES[operation.operation_type]) not in caller.scopes:
+            raise out_of_scope(scope, place=f"operation {number}: ")
+        if not operation.wallet_uuid.startswith(caller.prefix):
+            raise out_of_reach(caller, place=f"operation {number}: ")
+
+
+def unauthorized(detail: str, **parameters: str) -> Problem:
+    """Return the 401 with its challenge (RFC 6750, section 3)."""
+    told = ", ".join(f'{name}="{value}"' for name, value in {"realm": "wallet", **parameters}.items())
+    return Problem(401, "unauthorized", detail, headers={hdrs.WWW_AUTHENTICATE: f"Bearer {told}"})
+
+
+def out_of_scope(*scopes: str, place: str = "") -> Problem:
+    """Return the 403 for a key that has none of these scopes."""
+    return Problem(403, "forbidden", f"{place}The key lacks the scope {' or '.join(scopes)}")
+
+
+def out_of_reach(key: Key, place: str = "") -> Problem:
+    """Return the 403 for a wallet that a key doesn't reach."""
+    return Problem(403, "forbidden", f"{place}The key reaches only wallets whose names begin with {key.prefix}")
