@@ -7,6 +7,7 @@ import os
 import random
 import socket
 from collections.abc import AsyncIterator, Iterator
+from contextvars import ContextVar
 from datetime import datetime
 from typing import Any, TypeGuard
 from urllib.parse import parse_qs, urlsplit
@@ -37,6 +38,9 @@ LEAD = 0.05
 """The part of a deadline that is left when a call is given up: room for clock skew."""
 IDLE = 10.0
 """Seconds after which a connection that nobody needs is closed."""
+
+UNTIL: ContextVar[float | None] = ContextVar("until", default=None)
+"""The deadline, on the loop's clock, of the request that is being handled, if it has waited for something before."""
 
 _log = logging.getLogger("wallet")
 
@@ -100,6 +104,11 @@ def _names_several_hosts(url: str) -> bool:
     query = parse_qs(parts.query)
     hosts = query.get("host", [parts.netloc.rpartition("@")[2] or os.environ.get("PGHOST", "")])[-1]
     return "," in hosts and "target_session_attrs" not in query and "PGTARGETSESSIONATTRS" not in os.environ
+
+
+def deadline_of(seconds: float) -> float:
+    """Return when what a request asks for now is too late, on the loop's clock: in so many seconds, or before."""
+    return UNTIL.get() or asyncio.get_running_loop().time() + seconds
 
 
 def session_survives(error: BaseException) -> bool:
@@ -190,7 +199,7 @@ class Pool:
         A refusal is definite, and so is an error that a new session meets too and that time doesn't mend. Raises
         Refusal, asyncpg.PostgresError for such an error, and TimeoutError after the deadline of a request.
         """
-        async with asyncio.timeout(self.deadline):
+        async with asyncio.timeout_at(deadline_of(self.deadline)):
             return await self._fetch(query, *arguments)
 
     async def _fetch(self, query: str, *arguments: object) -> list[asyncpg.Record]:
@@ -280,7 +289,7 @@ async def create_wallet(pool: Pool, wallet_uuid: str | None, currency: str | Non
     Raises TimeoutError where the wallet exists and an earlier attempt of this call was lost: it may have made it.
     """
     name = wallet_uuid or str(uuid4())
-    async with asyncio.timeout(pool.deadline):
+    async with asyncio.timeout_at(deadline_of(pool.deadline)):
         try:
             return await _create_wallet(pool, name, currency)
         except Refusal as error:
@@ -293,7 +302,7 @@ async def create_wallet(pool: Pool, wallet_uuid: str | None, currency: str | Non
 
 async def put_wallet(pool: Pool, wallet_uuid: str, currency: str | None) -> tuple[Balance, bool]:
     """Return a wallet, and whether it was created now. Raises Refusal: WA400; WA419 if it has another currency."""
-    async with asyncio.timeout(pool.deadline):
+    async with asyncio.timeout_at(deadline_of(pool.deadline)):
         try:
             return await _create_wallet(pool, wallet_uuid, currency), True
         except Refusal as error:
@@ -313,13 +322,14 @@ async def _create_wallet(pool: Pool, name: str, currency: str | None) -> Balance
 async def set_status(pool: Pool, wallet_uuid: str, status: str) -> Balance:
     """Give a wallet a status. Raises Refusal: WA400, WA404, WA417."""
     query = f"select {_BALANCE} from wallet.set_status($1, $2, $3)"
-    async with asyncio.timeout(pool.deadline):
+    async with asyncio.timeout_at(deadline_of(pool.deadline)):
         return _balance(await pool.fetch(query, wallet_uuid, status, await _last_moment(pool)))
 
 
 async def _last_moment(pool: Pool) -> datetime:
     """Return when a request that begins now is too late to change anything, by the database's clock."""
-    rows = await pool.fetch("select clock_timestamp() + $1 * interval '1 s'", (1 - LEAD) * pool.deadline)
+    left = deadline_of(pool.deadline) - asyncio.get_running_loop().time()
+    rows = await pool.fetch("select clock_timestamp() + $1 * interval '1 s'", left - LEAD * pool.deadline)
     moment: datetime = rows[0][0]
     return moment
 
@@ -338,7 +348,7 @@ async def get_balance(pool: Pool, wallet_uuid: str, at: datetime | None = None) 
 async def list_wallets(pool: Pool, after: str | None, limit: int, prefix: str | None) -> tuple[list[Balance], bool]:
     """Return wallets whose names begin with a prefix by name, after a name, and whether there are more."""
     query = f"select {_BALANCE} from wallet.list_wallets($1, $2, $3)"
-    async with asyncio.timeout(pool.deadline):
+    async with asyncio.timeout_at(deadline_of(pool.deadline)):
         wallets = [balance_of(row[0]) for row in await pool.fetch(query, after, limit, prefix)]
         return wallets, len(wallets) == limit and bool(await pool.fetch(query, wallets[-1].uuid, 1, prefix))
 
@@ -358,7 +368,7 @@ async def list_operations(
     `start` is included, `end` is not. Raises Refusal: WA400, WA404.
     """
     query = f"select {OPERATION} from wallet.list_operations($1, $2, $3, $4, $5)"
-    async with asyncio.timeout(pool.deadline):
+    async with asyncio.timeout_at(deadline_of(pool.deadline)):
         rows = await pool.fetch(query, wallet_uuid, before, limit, start, end)
         operations = [operation_of(row[0]) for row in rows]
         more = len(operations) == limit and operations[-1].seq > 1
@@ -373,7 +383,7 @@ async def list_holds(pool: Pool, wallet_uuid: str, after: int | None, limit: int
     Raises Refusal: WA400, WA404.
     """
     query = f"select {_HOLD} from wallet.list_holds($1, $2, $3)"
-    async with asyncio.timeout(pool.deadline):
+    async with asyncio.timeout_at(deadline_of(pool.deadline)):
         holds = [hold_of(row[0]) for row in await pool.fetch(query, wallet_uuid, after, limit)]
         return holds, len(holds) == limit and bool(await pool.fetch(query, wallet_uuid, holds[-1].seq, 1))
 

@@ -7,7 +7,7 @@ from itertools import islice
 
 from aiohttp import web
 
-from app.calls.database import IDLE, SETTINGS
+from app.calls.database import IDLE, SETTINGS, deadline_of
 from app.calls.lane import BULK_BATCH, HEADROOM, Lane, Siding
 from app.calls.line import Line, Outcome, Request, refused
 from app.calls.refusals import Overloaded
@@ -44,10 +44,10 @@ async def apply_one(app: web.Application, request: Request) -> Outcome:
     if app[TROUBLE].wallets:
         [outcome] = await _apply(app, lane, [request])
         return outcome
-    began = lane.now()
+    last = deadline_of(app[SETTINGS].request_deadline)
     [outcome] = await lane.apply([request])
     if outcome.is_locked():
-        [outcome] = await _settle(app, [request], [outcome], began)
+        [outcome] = await _settle(app, [request], [outcome], last)
     return outcome
 
 
@@ -61,12 +61,12 @@ async def apply_all(app: web.Application, requests: Sequence[Request], *, atomic
 async def _apply_atomic(app: web.Application, requests: Sequence[Request]) -> list[Outcome]:
     """Apply all of a bulk request's requests or none, on the siding if any of their wallets is in trouble."""
     bulk, trouble = app[BULK], app[TROUBLE]
-    until = bulk.now() + app[SETTINGS].request_deadline
+    last = deadline_of(app[SETTINGS].request_deadline)
     outcomes = None
     if not trouble.wallets or not any(map(trouble.meets, requests)):
         outcomes = await bulk.apply(requests, atomic=True)
     try:
-        return await app[SIDING].apply_atomic(requests, until, outcomes)
+        return await app[SIDING].apply_atomic(requests, last, outcomes)
     except Overloaded:
         if outcomes is None:
             raise
@@ -75,29 +75,28 @@ async def _apply_atomic(app: web.Application, requests: Sequence[Request]) -> li
 
 async def _apply(app: web.Application, lane: Lane, requests: Sequence[Request]) -> list[Outcome]:
     """Apply requests on a lane, but for those for wallets in trouble."""
-    began = lane.now()
+    last = deadline_of(app[SETTINGS].request_deadline)
     trouble = app[TROUBLE]
     outcomes = [refused("55P03")] * len(requests)
     free = [number for number, request in enumerate(requests) if not trouble.meets(request)]
     if free:
         for number, outcome in zip(free, await lane.apply([requests[number] for number in free]), strict=True):
             outcomes[number] = outcome
-    return await _settle(app, requests, outcomes, began)
+    return await _settle(app, requests, outcomes, last)
 
 
 async def _settle(
-    app: web.Application, requests: Sequence[Request], outcomes: list[Outcome], began: float
+    app: web.Application, requests: Sequence[Request], outcomes: list[Outcome], last: float
 ) -> list[Outcome]:
     """Try on the siding what waits for locked wallets.
 
-    `began`: when the client asked, on the loop's clock. Raises TimeoutError if an outcome is unknown.
+    `last`: their deadline, on the loop's clock. Raises TimeoutError if an outcome is unknown.
     """
     siding = app[SIDING]
-    until = began + app[SETTINGS].request_deadline
     locked = [number for number, outcome in enumerate(outcomes) if outcome.is_locked()]
     parts = list(islice(_apart(requests, locked), SIDING_SHARE))
     if parts:
-        apart = (siding.apply_apart([requests[number] for number in part], until) for part in parts)
+        apart = (siding.apply_apart([requests[number] for number in part], last) for part in parts)
         for part, found in zip(parts, await asyncio.gather(*apart), strict=True):
             for number, outcome in zip(part, found, strict=True):
                 outcomes[number] = outcome

@@ -26,7 +26,7 @@ from itertools import islice
 from operator import attrgetter
 from typing import NamedTuple
 
-from app.calls.database import LEAD
+from app.calls.database import LEAD, deadline_of
 from app.calls.line import Line, Outcome, Request, refused
 from app.calls.refusals import Overloaded
 from app.calls.trouble import Trouble
@@ -102,15 +102,19 @@ class Lane:
         They go in one call, and `atomic` ones share it with nobody. Raises Overloaded if too many clients wait already.
         """
         self._admit()
-        waiting = Waiting(requests, self._loop.create_future(), self._loop.time() + self._deadline, atomic)
-        self._waiting.append(waiting)
-        if self._timer is None:
-            self._timer = self._loop.call_at(waiting.until, self._watch)
+        waiting = Waiting(requests, self._loop.create_future(), deadline_of(self._deadline), atomic)
+        self._insert(waiting)
         return waiting.outcomes
 
-    def now(self) -> float:
-        """Return the time on the loop's clock."""
-        return self._loop.time()
+    def _insert(self, waiting: Waiting) -> None:
+        """Queue in the order of deadlines: one that has waited before may be due before others."""
+        if not self._waiting or waiting.until >= self._waiting[-1].until:
+            self._waiting.append(waiting)
+        else:
+            insort(self._waiting, waiting, key=_until)
+        if self._timer is None or waiting.until < self._timer.when():
+            self.close()
+            self._timer = self._loop.call_at(waiting.until, self._watch)
 
     def see_room(self) -> None:
         """Raise Overloaded if too many clients wait already."""
@@ -299,9 +303,7 @@ class Siding(Lane):
         self._admit()
         wallets = frozenset(wallet for request in requests for wallet in request.wallets())
         waiting = Waiting(requests, self._loop.create_future(), until, atomic, wallets, tried)
-        insort(self._waiting, waiting, key=_until)
-        self.close()
-        self._watch()
+        self._insert(waiting)
         return waiting.outcomes
 
     def _take(self) -> list[Waiting]:

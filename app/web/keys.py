@@ -16,7 +16,7 @@ import asyncpg
 from aiohttp import hdrs, web
 
 from app import logs
-from app.calls.database import FIRST_ATTEMPT, SETTINGS, connect, live_keys, pauses
+from app.calls.database import FIRST_ATTEMPT, SETTINGS, UNTIL, connect, deadline_of, live_keys, pauses
 from app.calls.line import Request
 from app.settings import Settings
 from app.web.problems import Problem
@@ -57,17 +57,19 @@ CALLER = web.RequestKey("caller", Key)
 class Keys:
     """The keys that are valid, as of the last reading."""
 
-    def __init__(self) -> None:
+    def __init__(self, deadline: float) -> None:
+        self._deadline = deadline
         self._keys: dict[bytes, Key] = {}
         self._trusted_until = -math.inf
         self._fresh = asyncio.Event()
 
-    async def find(self, digest: bytes, until: float) -> Key | None:
-        """Return the key with a digest. Raises TimeoutError if nothing is known of it at `until` (on the loop's clock).
+    async def find(self, digest: bytes) -> Key | None:
+        """Return the key with a digest. Waits for a reading up to the request's deadline, then raises TimeoutError.
 
         The clock is the real one: the loop's stands still while a process does.
         """
         while (now := time.monotonic()) >= self._trusted_until:
+            UNTIL.set(until := deadline_of(self._deadline))
             self._fresh.clear()
             async with asyncio.timeout_at(until):
                 await self._fresh.wait()
@@ -122,7 +124,7 @@ KEYS = web.AppKey("keys", Keys)
 
 async def keep(app: web.Application) -> AsyncIterator[None]:
     """Hold the keys while the app runs."""
-    app[KEYS] = Keys()
+    app[KEYS] = Keys(app[SETTINGS].request_deadline)
     reading = asyncio.create_task(app[KEYS].keep(app[SETTINGS]))
     yield
     reading.cancel()
@@ -147,8 +149,7 @@ async def admit(request: web.Request, scopes: Sequence[str]) -> None:
         raise unauthorized("This needs a key: Authorization: Bearer wk_...")
     key = None
     if secret.startswith("wk_") and len(secret) <= SECRET_LIMIT and secret.isascii():
-        until = asyncio.get_running_loop().time() + request.app[SETTINGS].request_deadline
-        key = await request.app[KEYS].find(hashlib.sha256(secret.encode()).digest(), until)
+        key = await request.app[KEYS].find(hashlib.sha256(secret.encode()).digest())
     if key is None:
         raise unauthorized("The key is unknown, expired or revoked", error="invalid_token")
     logs.KEY.set(key.name)

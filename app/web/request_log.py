@@ -11,6 +11,7 @@ from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler
 from msgspec import UNSET
 
+from app.calls.database import UNTIL
 from app.logs import KEY, PEER, REQUEST_ID, AccessLine, AccessLog
 from app.metrics import REQUEST_SECONDS
 from app.web.connections import check_protocol
@@ -45,6 +46,7 @@ async def answer(
     REQUEST_ID.set(request_id)
     PEER.set(peer := peer_of(request))
     KEY.set(None)  # a connection's requests share a context
+    UNTIL.set(None)
     response: web.StreamResponse | None
     try:
         check_protocol(request)

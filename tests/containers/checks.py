@@ -309,9 +309,10 @@ def test_the_image_alone_serves_and_keeps_its_data_in_a_volume(image: str) -> No
 @pytest.mark.parametrize(
     "options",
     [
-        ["--user=12345"],
-        ["--read-only"],
-        ["--read-only", "--env=WORKERS=2", "--env=DATABASE_URL=postgres://u@127.0.0.1:1/x"],
+        [],
+        ["--env=ACCESS=open", "--user=12345"],
+        ["--env=ACCESS=open", "--read-only"],
+        ["--env=ACCESS=open", "--read-only", "--env=WORKERS=2", "--env=DATABASE_URL=postgres://u@127.0.0.1:1/x"],
     ],
 )
 def test_where_the_image_cannot_run_it_says_why_in_one_line(image: str, options: list[str]) -> None:
