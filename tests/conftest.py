@@ -74,6 +74,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace
         connection.execute(f"create role {LOGIN} login in role wallet_app")
         connection.execute("create role wallet_reader")
         connection.execute("create role report login in role wallet_reader")
+        connection.execute("create role wallet_admin in role wallet_app")
+        connection.execute("create role keeper login in role wallet_admin")
     yield SimpleNamespace(
         host=str(postgres.socket_dir),
         port=5432,

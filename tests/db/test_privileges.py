@@ -220,14 +220,19 @@ def test_everything_belongs_to_the_owner(listed: Callable[[str], list[object]]) 
     assert listed(owners) == ["wallet_owner"]
 
 
-def test_the_owner_cannot_log_in_and_nobody_is_a_member_of_more_than_one_role(
+def test_the_owner_cannot_log_in_and_only_the_admin_is_a_member_of_another_role(
     listed: Callable[[str], list[object]],
 ) -> None:
     assert listed("select rolname from pg_roles where rolname like 'wallet\\_%' and rolcanlogin") == ["wallet_service"]
-    members = (
-        "select member::regrole::text from pg_auth_members where roleid::regrole::text like 'wallet\\_%' order by 1"
-    )
-    assert listed(members) == ["report", "wallet_service"]
+    members = """
+        select format('%s in %s', member::regrole, roleid::regrole)
+        from pg_auth_members where roleid::regrole::text like 'wallet\\_%' order by 1"""
+    assert listed(members) == [
+        "keeper in wallet_admin",
+        "report in wallet_reader",
+        "wallet_admin in wallet_app",
+        "wallet_service in wallet_app",
+    ]
 
 
 def test_nothing_is_granted_to_public(listed: Callable[[str], list[object]]) -> None:
