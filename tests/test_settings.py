@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.database_url import OPTIONS, normalised, without_password
-from app.settings import CHECKOUT, Settings, StartupError, from_environment
+from app.settings import CHECKOUT, Settings, StartupError, access, from_environment
 
 
 def test_the_readme_lists_every_setting_with_its_default() -> None:
@@ -45,6 +45,10 @@ def test_an_empty_variable_counts_as_absent() -> None:
         ("LOG_LEVEL", "LOUD"),
         ("LANES", "1.5"),
         ("ALLOW_FSYNC_OFF", "maybe"),
+        ("ACCESS", "closed"),
+        ("ACCESS", "OPEN"),
+        ("TRUSTED_PROXIES", "proxy.example"),
+        ("TRUSTED_PROXIES", "10.0.0.0/8, 10.0.0.0/99"),
     ],
 )
 def test_a_bad_value_is_named(name: str, value: str) -> None:
@@ -55,6 +59,21 @@ def test_a_bad_value_is_named(name: str, value: str) -> None:
 @pytest.mark.parametrize("level", ["debug", "Info", "WARNING", "eRRor"])
 def test_a_log_level_is_read_in_any_case(level: str) -> None:
     assert from_environment({"LOG_LEVEL": level}).log_level == level.upper()
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "localhost", "::1", "[::1]"])
+def test_whoever_can_reach_a_loopback_address_needs_no_key(host: str) -> None:
+    assert access(from_environment({"HOST": host})) == "open"
+    assert access(from_environment({"HOST": host, "ACCESS": "keys"})) == "keys"
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "does-not-exist.invalid"])
+def test_where_others_can_ask_somebody_has_said_whether_they_need_keys(host: str) -> None:
+    with pytest.raises(StartupError, match=r"ACCESS=keys.*ACCESS=open") as refused:
+        access(from_environment({"HOST": host}))
+    assert len(str(refused.value).splitlines()) == 1
+    for chosen in ("open", "keys"):
+        assert access(from_environment({"HOST": host, "ACCESS": chosen})) == chosen
 
 
 # DATABASE_URL

@@ -13,7 +13,7 @@ import psycopg
 import pytest
 import pytest_asyncio
 from aiohttp.test_utils import TestClient
-from pytest_aiohttp.plugin import AiohttpServer
+from pytest_aiohttp.plugin import AiohttpClient, AiohttpServer
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
@@ -25,6 +25,7 @@ from app.server.migrations import TESTDATA_HISTORY, dbmate
 from app.settings import Settings
 from app.web import docs
 from app.web.application import make_app
+from tests.api.test_keys import knows, make_key
 from tests.conftest import url_of
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -159,6 +160,45 @@ async def test_a_person_opens_the_page_and_tries_an_operation_out(
     requested = urls_requested(browser)
     assert all(one.startswith(str(server.make_url("/"))) for one in requested), requested
     assert str(server.make_url("/api/v1/wallets/1111111111/operation")) in requested
+
+
+@pytest.mark.parametrize("access", ["open", "keys"])
+async def test_a_person_presents_a_key(
+    superuser: psycopg.Connection,
+    database_url: str,
+    aiohttp_client: AiohttpClient,
+    browser: webdriver.Chrome,
+    access: str,
+) -> None:
+    client = await aiohttp_client(make_app(Settings(database_url=database_url, access=access)))
+    secret = make_key(superuser, "a-person", "read", "metrics")
+    await knows(client, secret)
+    superuser.execute("select from wallet.create_wallet('1111111111')")
+
+    def see() -> None:
+        def seen(selector: str) -> WebElement:
+            place = (By.CSS_SELECTOR, selector)
+            return WebDriverWait(browser, 20).until(conditions.visibility_of_element_located(place))
+
+        def status() -> str:
+            seen(f"{wallet} button.execute").click()
+            return seen(f"{wallet} .live-responses-table tbody .response-col_status").text.split()[0]
+
+        wallet = "#operations-wallets-get_wallet"
+        browser.get(str(client.make_url("/docs")))
+        seen(f"{wallet} .opblock-summary-control").click()
+        seen(f"{wallet} .try-out__btn").click()
+        assert status() == ("401" if access == "keys" else "200")
+        seen(f"{wallet} .btn-clear").click()
+        seen("button.authorize").click()
+        seen(".modal-ux input").send_keys(secret)
+        seen(".modal-ux button.authorize").click()
+        seen(".modal-ux .btn-done").click()
+        assert status() == "200"
+
+    await asyncio.to_thread(see)
+    refused = [entry["message"] for entry in browser.get_log("browser") if "401 (Unauthorized)" not in entry["message"]]
+    assert refused == []
 
 
 def try_an_operation_out(browser: webdriver.Chrome, url: str) -> None:

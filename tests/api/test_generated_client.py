@@ -16,18 +16,23 @@ from types import ModuleType
 from typing import Any
 from uuid import UUID, uuid4
 
+import psycopg
 import pytest
 from aiohttp.test_utils import TestClient
+from pytest_aiohttp.plugin import AiohttpClient
 
+from app.settings import Settings
 from app.web import docs
+from app.web.application import make_app
 from tests.api.door import create
+from tests.api.test_keys import knows, make_key
 
 
-@pytest.fixture(scope="session")
-def generated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="session", params=[False, True], ids=["open", "keys"])
+def generated(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the client, package wallet_client, which was generated without a warning."""
     folder = tmp_path_factory.mktemp("generated")
-    (folder / "openapi.json").write_bytes(docs.description(wants_keys=False))
+    (folder / "openapi.json").write_bytes(docs.description(wants_keys=request.param))
     beside_python = str(Path(sys.executable).parent)
     options = ["--path", "openapi.json", "--meta", "none", "--output-path", "wallet_client", "--fail-on-warning"]
     ran = subprocess.run(
@@ -134,5 +139,28 @@ async def test_a_generated_client_gets_every_answer_whole(client: TestClient, wa
         assert call("operations.get_operation", "ann", operation).seq == 2
         assert call("operations.get_operation", "ann", str(uuid4())).code == "operation_not_found"
         assert call("service.get_health").status == call("service.get_readiness").status == "ok"
+
+    await asyncio.to_thread(session)
+
+
+async def test_a_generated_client_presents_a_key(
+    superuser: psycopg.Connection, database_url: str, aiohttp_client: AiohttpClient, wallet_client: ModuleType
+) -> None:
+    client = await aiohttp_client(make_app(Settings(database_url=database_url, access="keys")))
+    secret = make_key(superuser, "shop", "create", "metrics")
+    await knows(client, secret)
+    url = str(client.make_url(""))
+    models: Any = importlib.import_module("wallet_client.models")
+    put_wallet: Any = importlib.import_module("wallet_client.api.wallets.put_wallet")
+    get_wallet: Any = importlib.import_module("wallet_client.api.wallets.get_wallet")
+
+    def session() -> None:
+        nobody = wallet_client.Client(url, raise_on_unexpected_status=True)
+        shop = wallet_client.AuthenticatedClient(url, token=secret, raise_on_unexpected_status=True)
+        assert put_wallet.sync("ann", client=shop).balance == 0
+        refused = get_wallet.sync("ann", client=shop)
+        assert isinstance(refused, models.Problem)
+        assert (refused.status, refused.code) == (403, "forbidden")
+        assert get_wallet.sync("ann", client=nobody).code == "unauthorized"
 
     await asyncio.to_thread(session)

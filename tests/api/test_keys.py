@@ -598,7 +598,8 @@ async def test_unknown_keys_cost_no_query_and_no_memory(
 
     async def guess(times: int) -> None:
         for _ in range(times):
-            head = f"GET /api/v1/wallets/w HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer wk_{next(numbers):043}\r\n\r\n"
+            secret = f"wk_{next(numbers):043}"
+            head = f"GET /api/v1/wallets/w HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {secret}\r\n\r\n"
             writer.write(head.encode())
             answer = await reader.readuntil(b"\r\n\r\n")
             assert answer.startswith(b"HTTP/1.1 401 ")

@@ -225,6 +225,135 @@ def test_below_error_a_database_that_fails_is_still_logged(start: Start, superus
         assert {line["level"] for line in service.lines()} == levels
 
 
+# Whose request it was
+
+FORWARDED = [
+    ("203.0.113.7", "203.0.113.7"),
+    ("198.51.100.1, 203.0.113.7", "203.0.113.7"),
+    ("198.51.100.1, 203.0.113.7, 10.1.2.3", "203.0.113.7"),
+    ("203.0.113.7,10.1.2.3,  10.200.0.1", "203.0.113.7"),
+    ("10.1.2.3, 10.4.5.6", "10.1.2.3"),
+    ("2001:db8::7", "2001:db8::7"),
+    ("2001:DB8:0::7, fd00::1", "2001:db8::7"),
+    ("203.0.113.7:4711", "203.0.113.7"),
+    ("[2001:db8::7]:4711", "2001:db8::7"),
+    ("::ffff:203.0.113.7", "203.0.113.7"),
+    ("203.0.113.7, unknown", "127.0.0.1"),
+    ("203.0.113.7, unknown, 10.1.2.3", "10.1.2.3"),
+    ("203.0.113.7,", "127.0.0.1"),
+    ('<script>"\\', "127.0.0.1"),
+    ("", "127.0.0.1"),
+    (None, "127.0.0.1"),
+]
+"""What X-Forwarded-For says behind trusted proxies, and whose request it is then."""
+
+
+def forwarded(text: str | None) -> dict[str, str]:
+    return {} if text is None else {"X_Forwarded_For": text}
+
+
+def test_behind_trusted_proxies_a_line_names_the_client(start: Start) -> None:
+    service = start(TRUSTED_PROXIES="127.0.0.1, 10.0.0.0/8,fd00::/8")
+    for text, _ in FORWARDED:
+        service.ask("GET", "/healthz", **forwarded(text))
+    assert [line["peer"] for line in service.lines()] == [peer for _, peer in FORWARDED]
+
+
+@pytest.mark.parametrize("trusted", ["", "10.0.0.0/8", "127.0.0.2"])
+def test_nobody_else_is_believed(start: Start, trusted: str) -> None:
+    service = start(TRUSTED_PROXIES=trusted)
+    for text, _ in FORWARDED:
+        service.ask("GET", "/healthz", **forwarded(text))
+    assert {line["peer"] for line in service.lines()} == {"127.0.0.1"}
+
+
+def shop(superuser: psycopg.Connection, service: Service) -> str:
+    """Make a key of this name, wait until the service knows it, and return its secret."""
+    [[secret]] = superuser.execute("select wallet.create_key('shop', '{read,deposit}')").fetchall()
+    wait_until(lambda: service.ask("GET", "/api/v1/wallets", Authorization=f"Bearer {secret}")[0] == 200, 5)
+    return str(secret)
+
+
+def test_a_request_s_lines_name_its_key_and_its_client(start: Start, superuser: psycopg.Connection) -> None:
+    superuser.execute("select from wallet.create_wallet('w')")
+    service = start(ACCESS="keys", TRUSTED_PROXIES="127.0.0.1", REQUEST_DEADLINE="0.5")
+    secret = shop(superuser, service)
+    superuser.execute("revoke execute on function wallet.list_operations from wallet_app")
+    connection = HTTPConnection("127.0.0.1", service.port, timeout=30)
+    for number, (path, authorization) in enumerate(
+        [
+            ("/api/v1/wallets/w", f"Bearer {secret}"),
+            ("/metrics", f"Bearer {secret}"),
+            ("/api/v1/wallets/w/operations", f"Bearer {secret}"),
+            ("/api/v1/wallets/w", "Bearer wk_nonsense"),
+            ("/api/v1/wallets/w", ""),
+            ("/nowhere", f"Bearer {secret}"),
+        ]
+    ):  # on one connection
+        headers = {"Authorization": authorization, "X-Forwarded-For": "203.0.113.7", "X-Request-ID": f"number-{number}"}
+        connection.request("GET", path, headers=headers)
+        connection.getresponse().read()
+    connection.close()
+
+    lines = service.lines()
+
+    told = [line for line in lines if line.get("request_id", "").startswith("number-")]
+    assert [(line["status"], line.get("key")) for line in access(told)] == [
+        (200, "shop"),
+        (403, "shop"),
+        (503, "shop"),
+        (401, None),
+        (401, None),
+        (404, None),
+    ]
+    assert {line["peer"] for line in told} == {"203.0.113.7"}
+    [*others] = [line for line in told if line["logger"] == "wallet"]
+    assert others
+    assert {(line["request_id"], line["key"]) for line in others} == {("number-2", "shop")}
+
+
+def test_a_secret_stands_in_no_line_no_metric_and_no_answer(start: Start, superuser: psycopg.Connection) -> None:
+    service = start(ACCESS="keys", LOG_LEVEL="DEBUG", REQUEST_DEADLINE="0.5")
+    secret = shop(superuser, service)
+    guessed = "wk_" + secret[:2:-1]
+    said = []
+    body = b'{"operation_uuid": "x"}'
+    for one in (secret, guessed):
+        for request in (
+            f"GET /api/v1/wallets/w HTTP/1.1\r\nAuthorization: Bearer {one}",
+            f"GET /metrics HTTP/1.1\r\nAuthorization: Bearer {one}",
+            f"GET /api/v1/wallets/w HTTP/1.1\r\nAuthorization: Bearer {one} {one}",
+            f"GET /api/v1/wallets/w HTTP/1.1\r\nAuthorization: Basic {one}",
+            f"GET /api/v1/wallets/w HTTP/1.1\r\nAuthorization: Bearer {one}\r\nAuthorization: Bearer {one}",
+            f"GET /api/v1/wallets/w HTTP/1.1\r\nAuthorization: Bearer {one}\x01",
+            f"GET /api/v1/wallets/w HTTP/1.1\r\nAuthorization : Bearer {one}",
+            f"GET /api/v1/wallets/w HTTP/1.1\r\nBearer {one}",
+            f"GET /api/v1/wallets/w HTTP/9.1\r\nAuthorization: Bearer {one}",
+            f"GET /api/v1/wallets/w HTTP/1.1\r\nAuthorization: Bearer {one}{'x' * 20_000}",
+            f"GET /api/v1/wallets/w?key={one} HTTP/1.1\r\nAuthorization: Bearer {one}",
+            f"GET /api/v1/wallets/w HTTP/1.1\r\nAuthorization: Bearer {one}\r\nCookie: key={one}",
+            f"POST /api/v1/wallets/w/operation HTTP/1.1\r\nAuthorization: Bearer {one}"
+            f"\r\nContent-Type: application/json\r\nContent-Length: {len(body)}",
+        ):
+            raw = f"{request}\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode()
+            said.append(service.send(raw + (body if request.startswith("POST") else b"")))
+    superuser.execute("alter function wallet.live_keys() rename to no_keys")
+    superuser.execute("alter function wallet.get_wallet rename to no_wallet")
+    superuser.execute("select pg_terminate_backend(pid) from pg_stat_activity where application_name like 'wallet%'")
+    service.ask("GET", "/api/v1/wallets/w", Authorization=f"Bearer {secret}")
+    superuser.execute("alter function wallet.no_keys() rename to live_keys")
+    superuser.execute("select wallet.create_key('meter', '{metrics}')")
+    [[meter]] = superuser.execute("select wallet.create_key('meter-2', '{metrics}')").fetchall()
+    ask = f"GET /metrics HTTP/1.1\r\nAuthorization: Bearer {meter}\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+    wait_until(lambda: service.send(ask.encode()).split()[1] == b"200", 5)
+    said.append(service.send(ask.encode()))
+    service.stop()
+    said += [service.errors.read_bytes(), service.output.read_bytes()]
+    assert sum(map(len, said)) > 10_000
+    for one in (secret, guessed, meter):
+        assert not [text for text in said if one.encode() in text or one[3:].encode() in text]
+
+
 # A reader that stalls
 
 

@@ -14,7 +14,7 @@ from uuid import UUID
 import psycopg
 import pytest
 from aiohttp import ClientResponse
-from aiohttp.test_utils import TestClient
+from aiohttp.test_utils import TestClient, make_mocked_request
 from jsonschema import Draft202012Validator
 from openapi_spec_validator import OpenAPIV31SpecValidator, validate
 from pytest_aiohttp.plugin import AiohttpClient, AiohttpServer
@@ -25,8 +25,9 @@ from app.server.migrations import TESTDATA_HISTORY, dbmate
 from app.settings import Settings
 from app.web import body as bodies
 from app.web import docs, problems, request_log
-from app.web.application import make_app
+from app.web.application import make_app, routes
 from tests.api.door import create, deposit
+from tests.api.test_keys import SCOPES, bearer, make_key
 from tests.conftest import url_of
 
 DOCUMENT: dict[str, Any] = json.loads(docs.description(wants_keys=True))
@@ -144,6 +145,27 @@ def test_every_route_is_described_and_every_description_has_its_route() -> None:
         if route.resource is not None and route.method != "HEAD" and not route.resource.canonical.startswith("/docs/")
     }
     assert routes == {(path, method) for path, method, _ in operations()}
+
+
+def test_the_document_says_what_scopes_a_key_needs() -> None:
+    described = {(path, method): operation.get("security", []) for path, method, operation in operations()}
+    needed = {
+        (route.path, route.method.lower()): [{"key": [scope]} for scope in scopes]
+        for route, scopes in routes(wants_keys=True)
+        if not route.path.startswith("/docs/")
+    }
+    assert described == needed
+    for path, method, operation in operations():
+        assert ({"401", "403"} <= operation["responses"].keys()) is bool(described[path, method]), (path, method)
+
+
+def test_where_no_key_is_needed_the_document_says_so() -> None:
+    optional: dict[str, Any] = json.loads(docs.description(wants_keys=False))
+    for path, method, operation in operations():
+        if security := operation.get("security"):
+            assert optional["paths"][path][method].pop("security") == [{}, *security]
+            optional["paths"][path][method]["security"] = security
+    assert optional == DOCUMENT
 
 
 def test_every_code_that_the_service_answers_with_is_listed() -> None:
@@ -424,6 +446,36 @@ async def test_a_body_that_does_not_arrive_is_answered_as_shown(
 
     answer = await client.request(method, path, data=half_a_body(), headers=JSON)
     await is_as_shown(answer, "RequestTimeout", detail="The body did not arrive within 0.1 seconds")
+
+
+@each_with_answer("401")
+async def test_a_key_that_is_none_is_answered_as_shown(
+    database_url: str, aiohttp_client: AiohttpClient, method: str, path: str, body: Any
+) -> None:
+    client = await aiohttp_client(make_app(Settings(database_url=database_url, access="keys")))
+    answer = await client.request(method, path, json=body, headers={"Authorization": "Bearer nonsense"})
+    await is_as_shown(answer, "Unauthorized")
+    shown = resolved(DOCUMENT["components"]["responses"]["Unauthorized"]["headers"]["WWW-Authenticate"])["example"]
+    assert answer.headers["WWW-Authenticate"] == shown
+
+
+@each_with_answer("403")
+async def test_a_key_that_lacks_a_scope_is_answered_as_shown(
+    database_url: str,
+    superuser: psycopg.Connection,
+    aiohttp_client: AiohttpClient,
+    method: str,
+    path: str,
+    body: Any,
+) -> None:
+    client = await aiohttp_client(make_app(Settings(database_url=database_url, access="keys")))
+    route = await client.app.router.resolve(make_mocked_request(method.upper(), path))
+    assert route.route.resource is not None
+    described = DOCUMENT["paths"][route.route.resource.canonical][method]["security"]
+    scopes = [scope for one in described for scope in one["key"]]
+    secret = make_key(superuser, "shop", *(scope for scope in SCOPES if scope not in scopes))
+    answer = await client.request(method, path, json=body, headers=bearer(secret))
+    await is_as_shown(answer, "Forbidden", detail=f"The key lacks the scope {' or '.join(scopes)}")
 
 
 @each_with_answer("429")

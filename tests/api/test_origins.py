@@ -18,10 +18,11 @@ from selenium.webdriver.support.wait import WebDriverWait
 
 from app.settings import Settings, StartupError, from_environment
 from app.web.application import make_app
-from tests.api.door import balance, create, problem
+from tests.api.door import create, problem
 from tests.api.test_docs import browser
+from tests.api.test_keys import SCOPES, keyed, knows, make_key
 
-__all__ = ["browser"]  # a fixture
+__all__ = ["browser", "keyed"]  # fixtures
 
 ROUTES = [
     ("POST", "/api/v1/wallets"),
@@ -98,7 +99,7 @@ async def test_the_service_s_own_page_may(client: TestClient, site: str | None, 
 
 @pytest.mark.parametrize("name", ["wallet.example", "wallet.example:80", "WALLET.example"])
 async def test_a_default_port_is_the_same_as_none(database_url: str, aiohttp_client: AiohttpClient, name: str) -> None:
-    client = await aiohttp_client(make_app(Settings(database_url=database_url, host="0.0.0.0")))
+    client = await aiohttp_client(make_app(Settings(database_url=database_url, host="0.0.0.0", access="open")))
     headers = {"Host": name, "Origin": "http://wallet.example"}
     assert (await client.get("/healthz", headers=headers)).status == 200
 
@@ -174,7 +175,7 @@ async def test_a_name_that_a_stranger_has_pointed_here_is_not(shared_client: Tes
 async def test_where_others_can_ask_any_name_is_answered(
     database_url: str, aiohttp_client: AiohttpClient, listening: str
 ) -> None:
-    client = await aiohttp_client(make_app(Settings(database_url=database_url, host=listening)))
+    client = await aiohttp_client(make_app(Settings(database_url=database_url, host=listening, access="open")))
     for host in ("evil.example", "wallet.internal:8000", "[2001:db8::1]:8000", *OWN):
         assert (await client.get("/healthz", headers={"Host": host})).status == 200
 
@@ -182,7 +183,8 @@ async def test_where_others_can_ask_any_name_is_answered(
 @pytest.mark.parametrize("listening", ["127.0.0.1", "::1", "localhost", "0.0.0.0"])
 async def test_a_setting_names_who_is_meant(database_url: str, aiohttp_client: AiohttpClient, listening: str) -> None:
     named = "wallet.example, wallet.internal:8443,[2001:DB8::1]"
-    client = await aiohttp_client(make_app(Settings(database_url=database_url, host=listening, allowed_hosts=named)))
+    settings = Settings(database_url=database_url, host=listening, access="open", allowed_hosts=named)
+    client = await aiohttp_client(make_app(settings))
     for host in ("wallet.example", "Wallet.Example:1", "wallet.internal:8443", "[2001:db8::1]:8000", *OWN):
         assert (await client.get("/healthz", headers={"Host": host})).status == 200
     for host in ("wallet.internal", "wallet.internal:8000", "a.wallet.example", "[2001:db8::2]", "evil.example"):
@@ -248,12 +250,13 @@ def evil_page() -> Iterator[int]:
 
 
 ATTACKS = """
-const [wallet, done] = arguments;
+const [wallet, key, done] = arguments;
 const body = (n) => JSON.stringify({operation_uuid: `aaaaaaaa-0000-4000-8000-0000000000${n}`,
   operation_type: "WITHDRAW", amount: 1});
 const url = wallet + "/api/v1/wallets/w/operation";
 const bulk = (n) => JSON.stringify({operations: [{wallet_uuid: "w", ...JSON.parse(body(n))}]});
 const post = (to, sent, more) => fetch(to, {method: "POST", mode: "no-cors", body: sent, ...more});
+const keyed = {"Authorization": `Bearer ${key}`};
 const typed = (text) => new TextEncoder().encode(text);
 const attacks = [
   () => post(url, new Blob([body(10)])),
@@ -266,6 +269,9 @@ const attacks = [
   () => navigator.sendBeacon(url, typed(body(17))),
   () => post(wallet + "/api/v1/operations", new Blob([bulk(18)])),
   () => fetch(url, {method: "POST", body: body(19), headers: {"Content-Type": "application/json"}}),
+  () => fetch(url, {method: "POST", body: body(21), headers: {"Content-Type": "application/json", ...keyed}}),
+  () => fetch(url, {method: "POST", body: body(22), headers: keyed}),
+  () => post(url, body(23), {headers: {"Content-Type": "application/json", ...keyed}}),
   () => post(wallet + "/api/v1/wallets", undefined),
   () => new Promise((next) => {
     const form = document.createElement("form");
@@ -286,7 +292,9 @@ const reads = ["/api/v1/wallets/w", "/metrics", "/openapi.json", "/docs"];
   for (const attack of attacks) { try { await attack(); } catch (error) {} }
   let seen = [];
   for (const path of reads) {
-    try { seen.push((await (await fetch(wallet + path)).text()).slice(0, 100)); } catch (error) {}
+    for (const headers of [{}, keyed]) {
+      try { seen.push((await (await fetch(wallet + path, {headers})).text()).slice(0, 100)); } catch (error) {}
+    }
   }
   await new Promise((next) => setTimeout(next, 500));
   done(seen);
@@ -307,19 +315,42 @@ def books(superuser: psycopg.Connection) -> Any:
     return look
 
 
+@pytest.mark.parametrize("access", ["open", "keys"])
 @pytest.mark.parametrize("origin", ["localhost", "127.0.0.1"])
 async def test_no_page_moves_money_or_reads_whatever_it_tries(
-    client: TestClient, browser: webdriver.Chrome, books: Any, origin: str
+    database_url: str,
+    superuser: psycopg.Connection,
+    aiohttp_client: AiohttpClient,
+    browser: webdriver.Chrome,
+    books: Any,
+    origin: str,
+    access: str,
 ) -> None:
-    """One page is of another site, the other of the same site and another port."""
-    await create(client, {"w": 100})
+    """One page is of another site, the other of the same site and another port. Both know a key."""
+    client = await aiohttp_client(make_app(Settings(database_url=database_url, access=access)))
+    secret = make_key(superuser, "known", *SCOPES)
+    await knows(client, secret)
+    superuser.execute("select from wallet.create_wallet('w')")
+    superuser.execute("select from wallet.apply_operation('w', gen_random_uuid(), 'DEPOSIT', 100)")
     before = books()
     with evil_page() as port:
         await asyncio.to_thread(browser.get, f"http://{origin}:{port}/")
-        seen = await asyncio.to_thread(browser.execute_async_script, ATTACKS, own(client))
+        seen = await asyncio.to_thread(browser.execute_async_script, ATTACKS, own(client), secret)
     assert seen == []
     assert books() == before
-    assert await balance(client, "w") == 100
+    headers = {"Authorization": f"Bearer {secret}", "Origin": own(client)}
+    body = deposit() | {"operation_type": "WITHDRAW"}
+    assert (await client.post("/api/v1/wallets/w/operation", json=body, headers=headers)).status == 200
+
+
+@shared
+async def test_no_page_of_another_origin_is_told_that_it_may_present_a_key(keyed: TestClient) -> None:
+    """Fetch, section 3.3.2: what a browser asks before it sends an Authorization."""
+    asks = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+    for method, path in ROUTES:
+        answer = await keyed.options(path, headers={"Origin": "http://evil.example", **asks})
+        assert answer.status == 405, (method, path)
+        assert not [name for name in answer.headers if name.startswith("Access-Control-")]
 
 
 async def test_a_name_that_leads_here_reads_and_moves_nothing(
@@ -331,8 +362,8 @@ async def test_a_name_that_leads_here_reads_and_moves_nothing(
     evil = f"http://evil.example:{client.port}"
     await asyncio.to_thread(browser.get, f"{evil}/docs")
     assert json.loads(browser.find_element("tag name", "pre").text)["status"] == 421
-    seen = await asyncio.to_thread(browser.execute_async_script, ATTACKS, evil)
-    assert len(seen) == 4
+    seen = await asyncio.to_thread(browser.execute_async_script, ATTACKS, evil, "wk_")
+    assert len(seen) == 8
     assert all('"status":421' in text for text in seen)
     assert books() == before
 

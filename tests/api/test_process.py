@@ -372,13 +372,64 @@ def has_ipv6() -> bool:
 def test_it_listens_where_it_says(
     start: Start, database_url: str, host: str, shown: str, reached: list[str], workers: str
 ) -> None:
-    service = start(HOST=host, WORKERS=workers, DATABASE_URL=database_url)
+    service = start(HOST=host, ACCESS="open", WORKERS=workers, DATABASE_URL=database_url)
     assert service.said().splitlines()[0] == f"Listening on http://{shown}:{service.port}"
     assert f"http://{shown}:{service.port}/" in service.said().splitlines()[2]
     for address in reached:
         with urlopen(f"http://{address}:{service.port}/healthz", timeout=10) as answer:
             assert answer.status == 200
     assert f":{service.port}" in refuse(HOST=host, PORT=str(service.port), DATABASE_URL=database_url)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
+def test_it_does_not_open_to_others_unless_told_to(host: str, tmp_path: Path) -> None:
+    said = refuse(HOST=host, PORT=str(free_port()), WALLET_DATA_DIR=str(tmp_path / "data"))
+    assert "ACCESS=keys" in said
+    assert "ACCESS=open" in said
+    assert not (tmp_path / "data").exists()
+
+
+def test_with_keys_it_says_that_it_wants_one(start: Start) -> None:
+    service = start(HOST="0.0.0.0", ACCESS="keys")
+    [attempt] = [line for line in service.said().splitlines() if line.startswith("Try: ")]
+    with service.superuser() as superuser:
+        [[secret]] = superuser.execute("select wallet.create_key('me', '{read}')").fetchall()
+    assert service.ask("/api/v1/wallets/1111111111")[0] == 401
+    command = attempt.removeprefix("Try: ").replace("wk_...", secret).replace("curl", "curl -s")
+
+    def wallet() -> bool:
+        said = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=30).stdout
+        return '"balance":1500' in said
+
+    wait_until(wallet, 5)
+
+
+@pytest.mark.alone
+def test_a_revoked_key_is_refused_by_every_worker_within_5_seconds(start: Start, database_url: str) -> None:
+    """A new connection may reach any of them."""
+    service = start(ACCESS="keys", WORKERS="3", DATABASE_URL=database_url)
+
+    def statuses(secret: str) -> set[int]:
+        found = set()
+        for _ in range(30):
+            request = Request(f"http://127.0.0.1:{service.port}/metrics", headers={"Authorization": f"Bearer {secret}"})
+            try:
+                with urlopen(request, timeout=30) as answer:
+                    found.add(answer.status)
+            except HTTPError as error:
+                found.add(error.code)
+        return found
+
+    url = psycopg.conninfo.make_conninfo(database_url, user="postgres")
+    with psycopg.connect(url, autocommit=True) as superuser:
+        [[secret]] = superuser.execute("select wallet.create_key('shop', '{metrics}')").fetchall()
+        wait_until(lambda: statuses(secret) == {200}, 5)
+        superuser.execute("select from wallet.revoke_key('shop')")
+        revoked = time.monotonic()
+        wait_until(lambda: statuses(secret) == {401}, 5)
+        while time.monotonic() < revoked + 5:
+            time.sleep(0.1)
+        assert statuses(secret) == {401}
 
 
 def test_a_host_that_is_not_this_one(tmp_path: Path) -> None:
