@@ -178,6 +178,13 @@ def service(database_url: str) -> Iterator[psycopg.Connection]:
 
 
 @pytest.fixture
+def admin(superuser: psycopg.Connection) -> Iterator[psycopg.Connection]:
+    """A connection of a login that is only a member of wallet_admin."""
+    with psycopg.connect(url_of(superuser, "keeper"), autocommit=True) as connection:
+        yield connection
+
+
+@pytest.fixture
 async def client(database_url: str, aiohttp_client: AiohttpClient) -> TestClient:
     """An HTTP client of the app, which runs on this test's database."""
     return await aiohttp_client(make_app(Settings(database_url=database_url)))

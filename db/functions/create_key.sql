@@ -1,5 +1,5 @@
--- The secret must reach nobody but the caller. So it stands in assignments only: what a statement is given may be seen in
--- the server's log, as a constant of its plan or as a parameter of a function in SQL (auto_explain). Nothing is raised once it is there.
+-- The secret must reach nobody but the caller. So it stands in assignments of PL/pgSQL only: what a statement or a function
+-- in SQL is given may end in the server's log, as a constant of its plan or as a parameter (debug_print_plan, auto_explain).
 create or replace function wallet.create_key(
   p_name text,
   p_scopes text[],
