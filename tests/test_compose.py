@@ -331,6 +331,21 @@ def test_another_password_of_the_backend_is_good_from_the_next_start_on(up: Simp
         up.run(MIGRATE, MIGRATE["command"], subprocess.run, check=True)
 
 
+def test_the_command_of_the_readme_makes_a_key(up: SimpleNamespace) -> None:
+    readme = (CHECKOUT / "README.md").read_text()
+    [line] = re.findall(r"^docker compose run --rm migrate (python -m app key .*)$", readme, re.MULTILINE)
+    made = up.run(MIGRATE, line.split(), subprocess.run, check=True, stdout=subprocess.PIPE, text=True)
+    assert re.fullmatch(r"wk_[A-Za-z0-9_-]{43}\n", made.stdout)
+    scopes = up.postgres.psql("wallet", "-c", "select scopes from wallet.list_keys() where name = 'shop'")
+    assert scopes == "{deposit,read}"
+
+
+def test_the_demonstration_is_open_and_one_line_closes_it() -> None:
+    assert interpolate(BACKEND["environment"]["ACCESS"], {}) == "open"
+    assert interpolate(BACKEND["environment"]["ACCESS"], {"ACCESS": "keys"}) == "keys"
+    assert dockerfile("ENV")[0].startswith("HOST=0.0.0.0")
+
+
 def test_demonstration_wallets_that_were_rolled_back_stay_away(up: SimpleNamespace) -> None:
     dbmate = ["dbmate", "--env-file", "dbmate.env", *TESTDATA]
     up.run(MIGRATE, [*dbmate, "rollback"], subprocess.run, check=True)

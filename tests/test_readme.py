@@ -24,6 +24,8 @@ from tests.proxy import Http, Point, Proxy
 __all__ = ["start"]  # a fixture
 
 README = (CHECKOUT / "README.md").read_text()
+KEYS = README.partition("\n## Letting others in\n")[2].partition("\n## ")[0]
+"""The chapter whose session needs a service that wants keys."""
 NOT_METRICS = {"wallet_uuid", "wallet_app", "wallet_reader", "wallet_owner"}
 
 
@@ -35,13 +37,13 @@ class Step(NamedTuple):
     output: str
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
 
 
-def steps() -> list[Step]:
+def steps(text: str = README.replace(KEYS, "")) -> list[Step]:
     found: list[Step] = []
-    for line in "".join(blocks("console")).splitlines():
+    for line in "".join(blocks("console", text)).splitlines():
         if typed := re.fullmatch(r"(\$|wallet=>) (.*)", line):
             found.append(Step(typed[1] != "$", typed[2], ""))
         else:
@@ -82,6 +84,24 @@ def test_the_sessions_go_as_shown(start: Start) -> None:
             assert stripped(output + errors) == stripped(one.output), one.command
     with service.superuser() as superuser:
         assert superuser.execute("select * from wallet.verify()").fetchall() == []
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl")
+def test_the_session_with_keys_goes_as_shown(start: Start) -> None:
+    """It is typed into one shell, by somebody who takes a second from one line to the next."""
+    service = start(ACCESS="keys")
+    session = steps(KEYS)
+    assert len(session) > 8
+    typed = "".join(f"{step.command}\necho {END}\nsleep 1.1\n" for step in session)
+    ran = run(f"exec 2>&1\n{typed}", service)
+    *answers, rest = ran.stdout.split(f"{END}\n")
+    assert rest == ""
+    for step, output in zip(session, answers, strict=True):
+        assert without_time(output) == without_time(step.output), step.command
+
+
+def without_time(text: str) -> str:
+    return re.sub(r"\d{4}-\d\d-\d\dT[\d:]+Z", "a time", stripped(text))
 
 
 TOO_MUCH = ('"amount": 500', '"amount": 1501')

@@ -340,7 +340,8 @@ def test_a_secret_stands_in_no_line_no_metric_and_no_answer(start: Start, superu
     superuser.execute("alter function wallet.live_keys() rename to no_keys")
     superuser.execute("alter function wallet.get_wallet rename to no_wallet")
     superuser.execute(
-        "select pg_terminate_backend(pid) from pg_stat_activity where application_name like 'wallet%' and datname = current_database()"
+        "select pg_terminate_backend(pid) from pg_stat_activity"
+        " where application_name like 'wallet%' and datname = current_database()"
     )
     service.ask("GET", "/api/v1/wallets/w", Authorization=f"Bearer {secret}")
     superuser.execute("alter function wallet.no_keys() rename to live_keys")
