@@ -92,7 +92,7 @@ def test_the_session_with_keys_goes_as_shown(start: Start) -> None:
     service = start(ACCESS="keys")
     session = steps(KEYS)
     assert len(session) > 8
-    typed = "".join(f"{step.command}\necho {END}\nsleep 1.1\n" for step in session)
+    typed = "".join(f"{step.command}\necho '{END}'\nsleep 1.1\n" for step in session)
     ran = run(f"exec 2>&1\n{typed}", service)
     *answers, rest = ran.stdout.split(f"{END}\n")
     assert rest == ""

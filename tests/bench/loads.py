@@ -193,6 +193,20 @@ def wait_for(port: int, process: subprocess.Popen[bytes]) -> None:
     raise AssertionError(f"no service on port {port}")
 
 
+def known_key(port: int, postgres: Postgres, database: str) -> str:
+    """Make a key that deposits, wait until a service on this port knows it, and return its secret."""
+    with psycopg.connect(postgres.url("postgres", database), autocommit=True) as connection:
+        [[secret]] = connection.execute("select wallet.create_key('bench', '{deposit,metrics}')").fetchall()
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/metrics", headers={"Authorization": f"Bearer {secret}"})
+    for _ in range(100):
+        try:
+            urllib.request.urlopen(request, timeout=5).close()
+            return str(secret)
+        except urllib.error.HTTPError:
+            time.sleep(0.05)
+    raise AssertionError("the service does not learn of a new key")
+
+
 def wrk(
     port: int,
     connections: int,
@@ -202,11 +216,13 @@ def wrk(
     size: int = 1,
     payees: int = 0,
     holds: int = 0,
+    secret: str | None = None,
 ) -> dict[str, Any]:
     """Run wrk on one thread; return requests a second, the latencies and the count of answers that were not 2xx."""
     command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--timeout", "30s", "-s", str(HERE / "wrk.lua")]
     command += [f"http://127.0.0.1:{port}", "--", str(wallets), str(reads), str(size), str(payees), str(holds)]
-    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    environment = os.environ | ({} if secret is None else {"WALLET_KEY": secret})
+    ran = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     result: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
     result["per_second"] = result["requests"] / result["seconds"]
     return result

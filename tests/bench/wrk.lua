@@ -1,12 +1,14 @@
 -- Requests for wrk. Arguments after `--`: how many wallets, the share of balance reads in percent, operations per request, and
 -- how many wallets are paid by transfers (0: none), and how many holds are open at a time (0: none are made). Wallet n is called w00001, w00002 ...; every operation is a DEPOSIT of 1 under a
 -- random UUID, or a TRANSFER of 1 to one of the wallets that are paid, or in turn a HOLD of 1 and the capture of the oldest that is
--- open. More than one operation goes as a bulk request. Prints one line of JSON at the end.
+-- open. With a WALLET_KEY in the environment, each request presents it. More than one operation goes as a bulk request. Prints one line of JSON at the end.
 
 local random, format, concat = math.random, string.format, table.concat
 local wallets, reads, size, payees, holds
 local held, first, last = {}, 1, -1 -- the first request is only looked at by wrk, and not sent
 local threads = 0
+local key = os.getenv("WALLET_KEY")
+local head = " HTTP/1.1\r\nHost: 127.0.0.1\r\n" .. (key and "Authorization: Bearer " .. key .. "\r\n" or "")
 
 function setup(thread)
   thread:set("number", threads)
@@ -30,7 +32,7 @@ local function uuid()
 end
 
 local function post(path, body)
-  return "POST " .. path .. " HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: "
+  return "POST " .. path .. head .. "Content-Type: application/json\r\nContent-Length: "
     .. #body .. "\r\n\r\n" .. body
 end
 
@@ -62,7 +64,7 @@ function request()
     return transfer()
   end
   if reads > 0 and random(1, 100) <= reads then
-    return "GET /api/v1/wallets/" .. wallet() .. " HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
+    return "GET /api/v1/wallets/" .. wallet() .. head .. "\r\n"
   end
   if size == 1 then
     return post("/api/v1/wallets/" .. wallet() .. "/operation",
