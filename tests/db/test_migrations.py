@@ -44,7 +44,10 @@ CATALOGUE = {
         from pg_proc where pronamespace = 'wallet'::regnamespace order by 1""",
     "tables": """
         select oid::regclass::text, relkind::text, reloptions, pg_get_userbyid(relowner)::text,
-          array(select regexp_replace(unnest(relacl)::text, '=([a-zA-Z]*)m', '=\\1') order by 1), -- 17 added MAINTAIN
+          array(
+            select regexp_replace(unnest(coalesce(relacl, acldefault('r', relowner)))::text, '=([a-zA-Z]*)m', '=\\1')
+            order by 1
+          ), -- 17 added MAINTAIN
           obj_description(oid, 'pg_class')
         from pg_class where relnamespace = 'wallet'::regnamespace order by 1""",
     "columns": """
@@ -571,6 +574,45 @@ def test_the_demonstration_is_rolled_back_with_its_holds(deployed: str, service:
     dbmate(deployed, "testdata rollback")
     assert [row.hold_uuid for row in call(service, "list_holds", "w")] == [X]
     assert call(service, "verify") == []
+
+
+BEFORE_KEYS = [path for path in MIGRATIONS if path.stem < "20261130000001"]
+
+
+@pytest.mark.parametrize(
+    "made_before", [None, "create role wallet_admin", "create role wallet_admin in role wallet_app"]
+)
+def test_a_ledger_from_before_keys_is_migrated_and_taking_keys_back_destroys_no_money(
+    made_before: str | None, empty_database: Callable[[], str], tmp_path: Path
+) -> None:
+    url = empty_database()
+    for path in BEFORE_KEYS:
+        (tmp_path / path.name).write_text(path.read_text())
+    dbmate(url, "migrate", "--migrations-dir", str(tmp_path))
+    with psycopg.connect(url, autocommit=True) as connection:
+        create(connection, {"w": 100, "v": 0}, holds=[hold("w", X, 10)])
+        before, was = money(connection), catalogue(connection)
+        if made_before is not None:
+            connection.execute(made_before.encode())
+
+        dbmate(url, "migrate")
+        assert money(connection) == before
+        assert call(connection, "verify") == []
+        [membership] = connection.execute("select pg_has_role('wallet_admin', 'wallet_app', 'usage')").fetchone() or ()
+        assert membership
+        migrated = catalogue(connection)
+        with connection.transaction():
+            connection.execute("set local role wallet_owner")
+            call(connection, "create_key", "k", ["read"])
+
+        for _ in MIGRATIONS[len(BEFORE_KEYS) :]:
+            dbmate(url, "rollback")
+        assert (money(connection), catalogue(connection)) == (before, was)
+        assert apply(connection, transfer("w", "v", B, 10, hold=X)).balance_after == 90
+
+        dbmate(url, "migrate")
+        assert catalogue(connection) == migrated
+        assert call(connection, "live_keys") == []
 
 
 def test_an_index_whose_building_was_interrupted_is_built_again(empty_database: Callable[[], str]) -> None:
