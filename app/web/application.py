@@ -10,9 +10,10 @@ from aiohttp.typedefs import Handler
 from app import metrics
 from app.calls import database, dispatch
 from app.calls.database import SETTINGS
+from app.calls.parties import PARTIES, Parties
 from app.calls.refusals import DATABASE_REFUSED, REFUSALS
 from app.settings import Settings
-from app.web import connections, docs, handlers, origins
+from app.web import connections, docs, handlers, origins, party
 from app.web.body import ROOM, Room, check_head
 from app.web.messages import OperationType, check_query
 from app.web.request_log import access_log, answer
@@ -36,6 +37,7 @@ def make_app(settings: Settings) -> web.Application:
     """Return the application; `settings.database_url` names the database."""
     app = web.Application(handler_args={"auto_decompress": False})
     app[SETTINGS] = settings
+    app[PARTIES] = Parties(settings.key_requests)
     app[ROOM] = Room(settings.body_memory * MIB)
     app[handlers.TURNS] = Turns()
     app.cleanup_ctx.extend([access_log, database.pool, dispatch.keep_lanes])
@@ -83,6 +85,14 @@ def guarded(handler: Handler, check_origin: Callable[[web.Request], None]) -> Ha
         check_head(request)
         if not has_query:
             check_query(request)
-        return await handler(request)
+        asking = party.party_of(request)
+        if not asking:
+            return await handler(request)
+        parties = request.app[PARTIES]
+        await parties.enter(asking)
+        try:
+            return await handler(request)
+        finally:
+            parties.leave(asking)
 
     return enter

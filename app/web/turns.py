@@ -4,6 +4,8 @@ import asyncio
 from collections.abc import Callable
 from typing import TypeVar
 
+from app.calls.parties import Places
+
 T = TypeVar("T")
 
 
@@ -11,12 +13,12 @@ class Turns:
     """A queue of long steps: decoding a bulk request, say, for which everybody else has to wait."""
 
     def __init__(self) -> None:
-        self._lock = asyncio.Lock()
+        self.places = Places(1)
 
     async def take(self, step: Callable[[], T]) -> T:
         """Take a step and return what it returns; the next one begins after as much time as this one took."""
         loop = asyncio.get_running_loop()
-        async with self._lock:
+        async with self.places:
             began = loop.time()
             done = step()
             await asyncio.sleep(loop.time() - began)

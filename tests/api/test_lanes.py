@@ -27,6 +27,7 @@ from app.calls.database import connect
 from app.calls.dispatch import LANES
 from app.calls.lane import Lane
 from app.calls.line import Line, Outcome, Request
+from app.calls.parties import Parties
 from app.calls.trouble import Trouble
 from app.server.embedded import Postgres, connection_url
 from app.server.migrations import LOGIN, bring_up_to_date
@@ -649,7 +650,7 @@ async def test_each_of_hundreds_of_requests_gets_its_own_answer(client: TestClie
 
 @contextlib.asynccontextmanager
 async def running_lane(settings: Settings, *lines: Line) -> AsyncIterator[Lane]:
-    lane = Lane("0", settings.lane_batch, settings.lane_queue, settings.request_deadline, Trouble())
+    lane = Lane("0", settings.lane_batch, settings.lane_queue, settings.request_deadline, Trouble(), Parties(1))
     tasks = [asyncio.create_task(lane.run(line)) for line in lines]
     try:
         yield lane

@@ -1,0 +1,176 @@
+"""Parties: who asks. What all of them share is shared out between them, so that one's flood is its own affair.
+
+A party is the name of the key that a request carries; "" where there are no keys, and then nothing here bounds it.
+"""
+
+import asyncio
+from bisect import insort
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any, Generic, TypeVar
+
+from aiohttp import web
+
+from app.calls.refusals import Overloaded
+
+T = TypeVar("T")
+
+PARTY: ContextVar[str] = ContextVar("party", default="")
+"""The party of the request that is being answered."""
+COMPANY = 1.0
+"""Seconds for which a party that has asked for something counts as company of the others."""
+REFUSAL_PAUSE = 0.1
+"""Seconds until a party is told that it asks for too much: it may ask again at once, and each answer takes time."""
+
+
+class Parties:
+    """How many requests each party has in flight, and whether there is more than one party."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._in_flight: Counter[str] = Counter()
+        self._last = ""
+        self._changed = -COMPANY
+
+    async def enter(self, party: str) -> None:
+        """Count a request of a party until it leaves. Raises Overloaded, after a moment, if there are too many."""
+        if party != self._last:
+            if self._last:
+                self._changed = asyncio.get_running_loop().time()
+            self._last = party
+        if self._in_flight[party] >= self._limit:
+            await asyncio.sleep(REFUSAL_PAUSE)
+            raise Overloaded(f"This key has {self._limit} requests in flight already")
+        self._in_flight[party] += 1
+        PARTY.set(party)
+
+    def leave(self, party: str) -> None:
+        """Count a request as answered."""
+        self._in_flight[party] -= 1
+        if not self._in_flight[party]:
+            del self._in_flight[party]
+
+    def in_company(self) -> bool:
+        """Tell whether several parties ask: another one than the last asked a moment ago."""
+        return asyncio.get_running_loop().time() - self._changed < COMPANY
+
+
+PARTIES = web.AppKey("parties", Parties)
+
+
+def see_share(size: int, taken: int, own: int, full: str, wanted: int = 1) -> None:
+    """Raise Overloaded if `wanted` is not left of something, or if the asking party would have more than it leaves.
+
+    The dynamic threshold of Choudhury and Hahne (1998): one party alone has up to a half, two a third each, and there
+    is always something left for one that comes. `taken` is what all have, `own` what this party has of it; `full` is
+    what clients are told.
+    """
+    left = size - taken - wanted
+    if left < 0:
+        raise Overloaded(full)
+    if PARTY.get() and own + wanted > left:
+        raise Overloaded(f"{full}: this key has its share")
+
+
+class ByTurns(Generic[T]):
+    """What waits, by party: each in its own order, and the party that has had the least goes next.
+
+    Start-time fair queueing (Goyal, Vin and Cheng, 1996): who was away has no credit for it.
+    """
+
+    def __init__(self) -> None:
+        self._queues: dict[str, deque[T]] = {}
+        self._had: dict[str, float] = {}
+        self._now = 0.0
+        self._length = 0
+
+    def __len__(self) -> int:
+        """Return how many wait."""
+        return self._length
+
+    def __iter__(self) -> Iterator[T]:
+        """Return what waits, party by party."""
+        for queue in self._queues.values():
+            yield from queue
+
+    def queues(self) -> Iterator[deque[T]]:
+        """Return the queue of each party that waits."""
+        return iter(self._queues.values())
+
+    def of(self, party: str) -> int:
+        """Return how many of a party wait."""
+        return len(self._queues.get(party, ()))
+
+    def add(self, party: str, item: T, key: Callable[[T], Any] | None = None) -> None:
+        """Add an item of a party, behind its others or, with a `key`, in the order of that."""
+        queue = self._queues.get(party)
+        if queue is None:
+            queue = self._queues[party] = deque()
+            self._had[party] = max(self._now, self._had.get(party, 0.0))
+        if key is None:
+            queue.append(item)
+        else:
+            insort(queue, item, key=key)
+        self._length += 1
+
+    def take(self, fits: Callable[[T], bool] = lambda _: True, cost: Callable[[T], float] = lambda _: 1) -> T | None:
+        """Take the first item of the party whose turn it is, of those whose first item fits; None if none does."""
+        waiting = self._queues.items()
+        if len(waiting) == 1:  # as nearly always
+            [(party, queue)] = waiting
+            if not fits(queue[0]):
+                return None
+        else:
+            fitting = [party for party, queue in waiting if fits(queue[0])]
+            if not fitting:
+                return None
+            party = min(fitting, key=self._had.__getitem__)
+            queue = self._queues[party]
+        item = queue.popleft()
+        self._length -= 1
+        self._now = max(self._now, self._had[party])
+        self._had[party] += cost(item)
+        if not queue:
+            del self._queues[party]
+            if not self._queues:
+                self._had.clear()
+                self._now = 0.0
+        return item
+
+
+class Places:
+    """Places that are lent by turns: a semaphore that is fair between parties, and to each in the order of asking."""
+
+    def __init__(self, number: int) -> None:
+        self._free = number
+        self._turns: ByTurns[asyncio.Future[None]] = ByTurns()
+
+    def waiting(self) -> int:
+        """Return how many wait for a place, those who gave up meanwhile included."""
+        return len(self._turns)
+
+    async def __aenter__(self) -> None:
+        """Take a place."""
+        if self._free:
+            self._free -= 1
+            return
+        turn = asyncio.get_running_loop().create_future()
+        self._turns.add(PARTY.get(), turn)
+        try:
+            await turn
+        except BaseException:
+            if not turn.cancelled():  # it was given a place, and gives up at the same moment
+                self._give_back()
+            raise
+
+    async def __aexit__(self, *_: object) -> None:
+        """Give the place to whoever's turn it is."""
+        self._give_back()
+
+    def _give_back(self) -> None:
+        while (turn := self._turns.take()) is not None:
+            if not turn.done():
+                turn.set_result(None)
+                return
+        self._free += 1
