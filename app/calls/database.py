@@ -155,7 +155,7 @@ class Pool:
     @contextlib.asynccontextmanager
     async def connection(self) -> AsyncIterator[Any]:
         """Lend a connection."""
-        async with self._places:
+        async with self._places.place():
             connection = self._take() or await connect(self._url, self.deadline)
             POOL_IN_USE.inc()
             try:

@@ -4,10 +4,12 @@ A party is the name of the key that a request carries; "" where there are no key
 """
 
 import asyncio
+import contextlib
 from bisect import insort
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextvars import ContextVar
+from operator import itemgetter
 from typing import Any, Generic, TypeVar
 
 from aiohttp import web
@@ -144,19 +146,28 @@ class Places:
 
     def __init__(self, number: int) -> None:
         self._free = number
-        self._turns: ByTurns[asyncio.Future[None]] = ByTurns()
+        self._turns: ByTurns[tuple[float, asyncio.Future[None]]] = ByTurns()
 
     def waiting(self) -> int:
         """Return how many wait for a place, those who gave up meanwhile included."""
         return len(self._turns)
 
-    async def __aenter__(self) -> None:
-        """Take a place."""
+    @contextlib.asynccontextmanager
+    async def place(self, since: float | None = None) -> AsyncIterator[None]:
+        """Lend a place. `since`: from when on it counts as asked for, on the loop's clock; None: from now on."""
+        await self._take(since)
+        try:
+            yield
+        finally:
+            self._give_back()
+
+    async def _take(self, since: float | None) -> None:
         if self._free:
             self._free -= 1
             return
-        turn = asyncio.get_running_loop().create_future()
-        self._turns.add(PARTY.get(), turn)
+        loop = asyncio.get_running_loop()
+        turn = loop.create_future()
+        self._turns.add(PARTY.get(), (loop.time() if since is None else since, turn), itemgetter(0))
         try:
             await turn
         except BaseException:
@@ -164,12 +175,9 @@ class Places:
                 self._give_back()
             raise
 
-    async def __aexit__(self, *_: object) -> None:
-        """Give the place to whoever's turn it is."""
-        self._give_back()
-
     def _give_back(self) -> None:
-        while (turn := self._turns.take()) is not None:
+        while (waiting := self._turns.take()) is not None:
+            _, turn = waiting
             if not turn.done():
                 turn.set_result(None)
                 return

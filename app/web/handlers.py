@@ -1,19 +1,23 @@
 """One handler a route: decode, call, answer."""
 
 import asyncio
+import contextlib
+from collections.abc import Sequence
 from uuid import UUID
 
 import msgspec
 from aiohttp import web
+from msgspec import Raw
 
 from app.calls import database, dispatch
 from app.calls.database import POOL
 from app.calls.line import Outcome, Request
 from app.calls.records import Wallet
 from app.calls.refusals import NO_SUCCESS, Refusal, code_of
-from app.web.body import BULK_BODY_LIMIT, receive_body
+from app.web.body import BODY_LIMIT, BULK_BODY_LIMIT, receive_body
 from app.web.messages import (
     Applied,
+    BulkParts,
     HoldPage,
     Holds,
     Moment,
@@ -30,6 +34,7 @@ from app.web.messages import (
     Wallets,
     WalletTerms,
     decode_body,
+    decode_part,
     decoder,
     metadata_text,
     operation_uuid,
@@ -39,7 +44,7 @@ from app.web.messages import (
     wallet_uuid,
 )
 from app.web.problems import RETRY, Problem, refusal, unavailable
-from app.web.turns import Turns
+from app.web.turns import STEP, Turns
 
 TURNS = web.AppKey("turns", Turns)
 READY_TIMEOUT = 2.0
@@ -51,6 +56,7 @@ _new_status = decoder(NewStatus)
 _new_operation = decoder(NewOperation)
 _terms = decoder(Terms)
 _new_operations = decoder(NewOperations)
+_bulk_parts = decoder(BulkParts)
 
 
 async def create_wallet(request: web.Request) -> web.Response:
@@ -121,9 +127,13 @@ async def apply_operations(request: web.Request) -> web.Response:
     turns = request.app[TURNS]
     dispatch.admit_bulk(request.app)
     with await receive_body(request, BULK_BODY_LIMIT) as body:
-        asked, atomic = await turns.take(lambda: _requests(body))
+        asked, atomic = await _requests(turns, body)
     outcomes = await dispatch.apply_all(request.app, asked, atomic=atomic)
-    return await turns.take(lambda: respond(Results(list(map(_result, asked, outcomes)))))
+    told = list(zip(asked, outcomes, strict=True))
+    if len(told) <= STEP:
+        return await turns.take(lambda: respond(Results(_results(told))))
+    results = await turns.take_each(_results, told)
+    return await turns.take(lambda: respond(Results(results)))
 
 
 async def list_operations(request: web.Request) -> web.Response:
@@ -179,9 +189,22 @@ def _request(wallet: str, operation: UUID, terms: Terms) -> Request:
     )
 
 
-def _requests(body: bytes | bytearray) -> tuple[list[Request], bool]:
+async def _requests(turns: Turns, body: bytes | bytearray) -> tuple[list[Request], bool]:
+    """Decode a bulk request, a large one in steps."""
+    if len(body) > BODY_LIMIT:
+        with contextlib.suppress(Problem):  # it is looked at again as a whole, which tells where the fault is
+            new = await turns.take(lambda: decode_body(body, _bulk_parts))
+            return await turns.take_each(_requests_of, new.operations), new.atomic
+    return await turns.take(lambda: _whole(body))
+
+
+def _whole(body: bytes | bytearray) -> tuple[list[Request], bool]:
     new = decode_body(body, _new_operations)
     return [_request(each.wallet_uuid, each.operation_uuid, each) for each in new.operations], new.atomic
+
+
+def _requests_of(part: Sequence[Raw]) -> list[Request]:
+    return [_request(each.wallet_uuid, each.operation_uuid, each) for each in decode_part(part)]
 
 
 def _refusal(outcome: Outcome, *, conflicts: bool = False) -> Problem:
@@ -194,6 +217,10 @@ def _refusal(outcome: Outcome, *, conflicts: bool = False) -> Problem:
         operation=recorded,
         same_request=same_request,
     )
+
+
+def _results(told: Sequence[tuple[Request, Outcome]]) -> list[Applied | Refused]:
+    return [_result(*each) for each in told]
 
 
 def _result(asked: Request, outcome: Outcome) -> Applied | Refused:
