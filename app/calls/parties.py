@@ -22,6 +22,8 @@ PARTY: ContextVar[str] = ContextVar("party", default="")
 """The party of the request that is being answered."""
 COMPANY = 1.0
 """Seconds for which a party that has asked for something counts as company of the others."""
+PORTION = 16
+"""Requests that come in together in company, at most: what others may have to wait for before each of their steps."""
 REFUSAL_PAUSE = 0.1
 """Seconds until a party is told that it asks for too much: it may ask again at once, and each answer takes time."""
 
@@ -34,13 +36,24 @@ class Parties:
         self._in_flight: Counter[str] = Counter()
         self._last = ""
         self._changed = -COMPANY
+        self._arrived: ByTurns[asyncio.Future[None]] = ByTurns()
 
     async def enter(self, party: str) -> None:
-        """Count a request of a party until it leaves. Raises Overloaded, after a moment, if there are too many."""
+        """Count a request of a party until it leaves. Raises Overloaded, after a moment, if there are too many.
+
+        In company, requests come in by turns, a few in each round of the event loop: the others wait for a round.
+        """
         if party != self._last:
             if self._last:
                 self._changed = asyncio.get_running_loop().time()
             self._last = party
+        if self.in_company():
+            loop = asyncio.get_running_loop()
+            turn = loop.create_future()
+            if not self._arrived:
+                loop.call_soon(self._let_in)
+            self._arrived.add(party, turn)
+            await turn
         if self._in_flight[party] >= self._limit:
             await asyncio.sleep(REFUSAL_PAUSE)
             raise Overloaded(f"This key has {self._limit} requests in flight already")
@@ -56,6 +69,15 @@ class Parties:
     def in_company(self) -> bool:
         """Tell whether several parties ask: another one than the last asked a moment ago."""
         return asyncio.get_running_loop().time() - self._changed < COMPANY
+
+    def _let_in(self) -> None:
+        for _ in range(PORTION):
+            if (turn := self._arrived.take()) is None:
+                return
+            if not turn.done():
+                turn.set_result(None)
+        if self._arrived:
+            asyncio.get_running_loop().call_soon(self._let_in)
 
 
 PARTIES = web.AppKey("parties", Parties)

@@ -156,7 +156,7 @@ async def test_a_body_has_its_room_until_it_is_decoded(database_url: str, aiohtt
     client = await aiohttp_client(make_app(Settings(database_url=database_url, body_memory=4)))
     body = json.dumps({"operations": []}).encode().ljust(3 * MIB)
     headers = {"Content-Type": "application/json"}
-    async with client.app[handlers.TURNS].places:
+    async with client.app[handlers.TURNS].places.place():
         waiting = asyncio.create_task(client.post(BULK, data=body, headers=headers))
         await until(client.app[handlers.TURNS].places.waiting)
         await problem(await client.post(BULK, data=body, headers=headers), 429, "overloaded")
