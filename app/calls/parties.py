@@ -20,9 +20,9 @@ T = TypeVar("T")
 
 PARTY: ContextVar[str] = ContextVar("party", default="")
 """The party of the request that is being answered."""
-COMPANY = 1.0
+COMPANY = 10.0
 """Seconds for which a party that has asked for something counts as company of the others."""
-PORTION = 16
+PORTION = 8
 """Requests that come in together in company, at most: what others may have to wait for before each of their steps."""
 REFUSAL_PAUSE = 0.1
 """Seconds until a party is told that it asks for too much: it may ask again at once, and each answer takes time."""
