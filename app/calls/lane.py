@@ -157,7 +157,7 @@ class Lane:
                         await self._arrived.wait()
                 except TimeoutError:
                     await line.close()
-            if any(self._sent.values()):
+            if any(self._sent.values()) and not self._parties.in_company():
                 await self._linger()
             self._sent[line] = self._take()
             if not await self._send(line):
