@@ -24,6 +24,8 @@ COMPANY = 10.0
 """Seconds for which a party that has asked for something counts as company of the others."""
 PORTION = 8
 """Requests that come in together in company, at most: what others may have to wait for before each of their steps."""
+REST = 1.0
+"""The pause between two portions, as a part of the time that the event loop took for the first."""
 REFUSAL_PAUSE = 0.1
 """Seconds until a party is told that it asks for too much: it may ask again at once, and each answer takes time."""
 
@@ -71,13 +73,19 @@ class Parties:
         return asyncio.get_running_loop().time() - self._changed < COMPANY
 
     def _let_in(self) -> None:
+        loop = asyncio.get_running_loop()
         for _ in range(PORTION):
             if (turn := self._arrived.take()) is None:
                 return
             if not turn.done():
                 turn.set_result(None)
         if self._arrived:
-            asyncio.get_running_loop().call_soon(self._let_in)
+            loop.call_soon(self._rest, loop.time())
+
+    def _rest(self, began: float) -> None:
+        """Let in the next portion, after a part of the time that the last one took."""
+        loop = asyncio.get_running_loop()
+        loop.call_later(REST * (loop.time() - began), self._let_in)
 
 
 PARTIES = web.AppKey("parties", Parties)
