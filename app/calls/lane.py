@@ -231,7 +231,8 @@ class Lane:
             requests = [request for waiting in sent for request in waiting.requests]
             try:
                 last = sent[0].until - LEAD * self._deadline
-                found = await line.apply(requests, last, again=again, atomic=sent[0].atomic)
+                most = self._batch // COMPANY_SHARE if self._parties.in_company() else None
+                found = await line.apply(requests, last, again=again, atomic=sent[0].atomic, most=most)
             except TimeoutError:
                 again = True
                 self._sent[line] = self._with_headroom(sent)

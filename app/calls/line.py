@@ -155,9 +155,17 @@ class Line:
         self._clock_read = 0.0
 
     async def apply(
-        self, requests: Sequence[Request], last: float, *, again: bool = False, atomic: bool = False
+        self,
+        requests: Sequence[Request],
+        last: float,
+        *,
+        again: bool = False,
+        atomic: bool = False,
+        most: int | None = None,
     ) -> list[Outcome]:
         """Apply requests in one call and return their outcomes, in order, once they are committed.
+
+        `most`: how many in one call, at most; more go in calls one after another, but for atomic ones.
 
         Tries until the database gives a definite answer. Raises TimeoutError at `last` (on the loop's clock), or up to
         LEAD of a deadline later, while the abandoned backend is ended: the outcome is then unknown. `again`: the
@@ -169,7 +177,10 @@ class Line:
         CALLS_IN_FLIGHT.inc()
         try:
             async with asyncio.timeout_at(last):
-                outcomes = await self._apply(requests, last, set(), atomic)
+                if atomic or most is None or len(requests) <= most:
+                    outcomes = await self._apply(requests, last, set(), atomic)
+                else:
+                    outcomes = await self._apply_in_parts(requests, last, most)
         except TimeoutError:
             self._lost = True  # a part of the call may have been applied
             await self._end_abandoned()
@@ -179,6 +190,18 @@ class Line:
             if self._suspect:
                 await self.close()
         count(requests, outcomes)
+        return outcomes
+
+    async def _apply_in_parts(self, requests: Sequence[Request], last: float, most: int) -> list[Outcome]:
+        own: set[UUID] = set()
+        outcomes: list[Outcome] = []
+        lost = self._lost
+        for begin in range(0, len(requests), most):
+            self._lost = lost  # if a call of the part before was lost, this one was not in it
+            part = requests[begin : begin + most]
+            found = await self._apply(part, last, own)
+            own.update(r.operation_uuid for r, o in zip(part, found, strict=True) if o.sqlstate is None)
+            outcomes += found
         return outcomes
 
     async def _apply(

@@ -24,7 +24,7 @@ COMPANY = 10.0
 """Seconds for which a party that has asked for something counts as company of the others."""
 PORTION = 8
 """Requests that come in together in company, at most: what others may have to wait for before each of their steps."""
-REST = 1.0
+REST = 0.5
 """The pause between two portions, as a part of the time that the event loop took for the first."""
 REFUSAL_PAUSE = 0.1
 """Seconds until a party is told that it asks for too much: it may ask again at once, and each answer takes time."""
@@ -146,6 +146,11 @@ class ByTurns(Generic[T]):
             insort(queue, item, key=key)
         self._length += 1
 
+    def charge(self, party: str, cost: float) -> None:
+        """Count what a party has had beside what it took, if anybody waits."""
+        if self._queues:
+            self._had[party] = self._had.get(party, self._now) + cost
+
     def take(self, fits: Callable[[T], bool] = lambda _: True, cost: Callable[[T], float] = lambda _: 1) -> T | None:
         """Take the first item of the party whose turn it is, of those whose first item fits; None if none does."""
         waiting = self._queues.items()
@@ -172,7 +177,7 @@ class ByTurns(Generic[T]):
 
 
 class Places:
-    """Places that are lent by turns: a semaphore that is fair between parties, and to each in the order of asking."""
+    """Places that are lent by turns: a semaphore, fair between parties by the time for which each has had one."""
 
     def __init__(self, number: int) -> None:
         self._free = number
@@ -186,9 +191,12 @@ class Places:
     async def place(self, since: float | None = None) -> AsyncIterator[None]:
         """Lend a place. `since`: from when on it counts as asked for, on the loop's clock; None: from now on."""
         await self._take(since)
+        loop = asyncio.get_running_loop()
+        began = loop.time()
         try:
             yield
         finally:
+            self._turns.charge(PARTY.get(), loop.time() - began)
             self._give_back()
 
     async def _take(self, since: float | None) -> None:
@@ -206,7 +214,7 @@ class Places:
             raise
 
     def _give_back(self) -> None:
-        while (waiting := self._turns.take()) is not None:
+        while (waiting := self._turns.take(cost=lambda _: 0)) is not None:
             _, turn = waiting
             if not turn.done():
                 turn.set_result(None)

@@ -9,7 +9,7 @@ from app.calls.parties import Places
 T = TypeVar("T")
 Item = TypeVar("Item")
 
-STEP = 500
+STEP = 250
 """Operations of a bulk request that are decoded or encoded in one step, at most: a few milliseconds."""
 
 

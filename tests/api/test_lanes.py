@@ -1072,11 +1072,9 @@ class WatchedLine(Line):
         super().__init__(settings)
         self.calls: list[int] = []
 
-    async def apply(
-        self, requests: Sequence[Request], last: float, *, again: bool = False, atomic: bool = False
-    ) -> list[Outcome]:
+    async def apply(self, requests: Sequence[Request], last: float, **how: Any) -> list[Outcome]:
         self.calls.append(len(requests))
-        return await super().apply(requests, last, again=again, atomic=atomic)
+        return await super().apply(requests, last, **how)
 
 
 async def test_an_idle_lane_sends_at_once(client: TestClient, database_url: str) -> None:
