@@ -6,7 +6,6 @@ import itertools
 import os
 import random
 import signal
-import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -36,7 +35,6 @@ from app.web.application import make_app
 from tests.api.door import MAX, apply, balance, create, deposit, history, hold, path, problem, put, withdraw
 from tests.conftest import url_of
 from tests.proxy import Http, Point, Proxy
-from tests.proxy import Postgres as PostgresTalk
 
 A = UUID("aaaaaaaa-0000-4000-8000-00000000000a")
 B = UUID("bbbbbbbb-0000-4000-8000-00000000000b")
@@ -49,16 +47,6 @@ def _right_books(superuser: psycopg.Connection) -> Iterator[None]:
     print(f"WALLET_TEST_SEED={SEED}")  # shown if the test fails
     yield
     assert superuser.execute("select * from wallet.verify()").fetchall() == []
-
-
-@pytest.fixture
-async def proxy(superuser: psycopg.Connection) -> AsyncIterator[Proxy]:
-    """A proxy before PostgreSQL."""
-    proxy = Proxy(f"{superuser.info.host}/.s.PGSQL.5432", PostgresTalk)
-    with tempfile.TemporaryDirectory(prefix="wallet-proxy-", dir="/tmp") as folder:
-        await proxy.listen(f"{folder}/.s.PGSQL.5432")
-        yield proxy
-        await proxy.close()
 
 
 def through(proxy: Proxy, superuser: psycopg.Connection) -> str:

@@ -21,7 +21,8 @@ from app.settings import Settings
 from app.web import handlers, party
 from app.web.application import make_app
 from tests.api.door import balance, create, path, problem
-from tests.api.test_lanes import busy_lane, locked, queued, until, waiting_backends
+from tests.api.test_lanes import busy_lane, locked, queued, through, until, waiting_backends
+from tests.proxy import Point, Proxy
 
 BULK_PATH = "/api/v1/operations"
 MIB = 1024 * 1024
@@ -298,3 +299,35 @@ async def test_large_bodies_of_one_key_leave_room_for_those_of_another(
         await until(lambda: places.waiting() == 2)
     await are_answered(*waiting)
     await are_answered(bulk(client, "flood", "w", 0, 2 * MIB))
+
+
+# Large requests in company
+
+
+@pytest.mark.parametrize("point", [None, *Point])
+async def test_a_large_request_that_is_applied_in_parts_has_the_same_outcomes(
+    point: Point | None, proxy: Proxy, superuser: psycopg.Connection, aiohttp_client: AiohttpClient, right_books: None
+) -> None:
+    client = await aiohttp_client(make_app(Settings(database_url=through(proxy, superuser))))
+    await create(client, {"w": 0})
+    names = [str(uuid4()) for _ in range(1_100)]
+    earlier = await client.post(path("w", "/operation"), json=asked(names[600]))
+    assert earlier.status == 200
+    await are_answered(client.get(path("w"), headers={"X-Party": "quiet"}))
+    if point is not None:
+        proxy.cut_next(b"wallet.apply_operation", point)
+
+    operations = [{**asked(name), "wallet_uuid": "w"} for name in (*names, names[0])]
+    answer = await client.post(BULK_PATH, json={"operations": operations}, headers={"X-Party": "flood"})
+
+    results = (await answer.json())["results"]
+    refused = [number for number, result in enumerate(results) if not result["applied"]]
+    assert refused == [600, 1_100]
+    assert all(results[number]["same_request"] for number in refused)
+    assert await balance(client, "w") == 1_100
+    query = "select count(distinct created_at) from wallet.operation"
+    assert superuser.execute(query).fetchone() == (1 + 3,)
+
+
+def asked(name: str) -> dict[str, Any]:
+    return {"operation_uuid": name, "operation_type": "DEPOSIT", "amount": 1}
