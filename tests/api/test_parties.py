@@ -15,7 +15,7 @@ from pytest_aiohttp.plugin import AiohttpClient
 
 from app.calls.database import POOL
 from app.calls.dispatch import BULK
-from app.calls.parties import PARTY, ByTurns, Parties, Places, see_share
+from app.calls.parties import PARTY, PORTION, ByTurns, Parties, Places, see_share
 from app.calls.refusals import Overloaded
 from app.settings import Settings
 from app.web import handlers, party
@@ -160,6 +160,21 @@ async def test_parties_are_in_company_for_a_moment_after_another_has_asked() -> 
     for who, company in (("a", False), ("a", False), ("b", True), ("b", True), ("a", True)):
         await parties.enter(who)
         assert parties.in_company() is company
+
+
+async def test_in_company_requests_come_in_by_turns_a_few_at_a_time() -> None:
+    parties, came = Parties(1000), list[str]()
+
+    async def ask(who: str) -> None:
+        await parties.enter(who)
+        came.append(who)
+
+    await asyncio.gather(ask("quiet"), ask("flood"))
+    flood = [asyncio.create_task(ask("flood")) for _ in range(100)]
+    await asyncio.sleep(0)
+    await asyncio.gather(*(ask("quiet") for _ in range(3)))
+    assert came[2:].count("flood") <= 2 * PORTION
+    await asyncio.gather(*flood)
 
 
 # What a flood leaves to others
