@@ -26,7 +26,7 @@ PORTION = 8
 """Requests that come in together in company, at most: what others may have to wait for before each of their steps."""
 REST = 0.5
 """The pause between two portions, as a part of the time that the event loop took for the first."""
-REFUSAL_PAUSE = 0.1
+REFUSAL_PAUSE = 0.5
 """Seconds until a party is told that it asks for too much: it may ask again at once, and each answer takes time."""
 
 
@@ -43,24 +43,23 @@ class Parties:
     async def enter(self, party: str) -> None:
         """Count a request of a party until it leaves. Raises Overloaded, after a moment, if there are too many.
 
-        In company, requests come in by turns, a few in each round of the event loop: the others wait for a round.
+        In company, requests come in by turns, a few at a time.
         """
         if party != self._last:
             if self._last:
                 self._changed = asyncio.get_running_loop().time()
             self._last = party
-        if self.in_company():
-            loop = asyncio.get_running_loop()
-            turn = loop.create_future()
-            if not self._arrived:
-                loop.call_soon(self._let_in)
-            self._arrived.add(party, turn)
-            await turn
         if self._in_flight[party] >= self._limit:
             await asyncio.sleep(REFUSAL_PAUSE)
+            await self._turn(party)
             raise Overloaded(f"This key has {self._limit} requests in flight already")
         self._in_flight[party] += 1
         PARTY.set(party)
+        try:
+            await self._turn(party)
+        except BaseException:
+            self.leave(party)
+            raise
 
     def leave(self, party: str) -> None:
         """Count a request as answered."""
@@ -71,6 +70,15 @@ class Parties:
     def in_company(self) -> bool:
         """Tell whether several parties ask: another one than the last asked a moment ago."""
         return asyncio.get_running_loop().time() - self._changed < COMPANY
+
+    async def _turn(self, party: str) -> None:
+        if self.in_company():
+            loop = asyncio.get_running_loop()
+            turn = loop.create_future()
+            if not self._arrived:
+                loop.call_soon(self._let_in)
+            self._arrived.add(party, turn)
+            await turn
 
     def _let_in(self) -> None:
         loop = asyncio.get_running_loop()
