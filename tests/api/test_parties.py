@@ -3,7 +3,6 @@
 import asyncio
 import json
 from collections.abc import Iterator
-from contextlib import AsyncExitStack
 from typing import Any
 from uuid import uuid4
 
@@ -288,15 +287,15 @@ async def test_bulk_requests_of_one_key_leave_room_for_those_of_another(
     await create(client, {"w": 0, "v": 0})
     await are_answered(bulk(client, "quiet", "v"))
 
-    async with AsyncExitStack() as stack:
-        stack.enter_context(locked(superuser, "w"))
-        flood = [asyncio.create_task(bulk(client, "flood", "w"))]
-        await until(lambda: waiting_backends(superuser) == 1)
-        flood += [asyncio.create_task(bulk(client, "flood", "w")) for _ in range(2)]
-        await until(lambda: len(client.app[BULK]._waiting) == 2)
-        told = await problem(await bulk(client, "flood", "w"), 429, "overloaded")
-        assert told["detail"] == "Too many requests are waiting: this key has its share"
-        await are_answered(bulk(client, "quiet", "v"))
+    with locked(superuser, "w"):
+        async with asyncio.timeout(10):
+            flood = [asyncio.create_task(bulk(client, "flood", "w"))]
+            await until(lambda: waiting_backends(superuser) == 1)
+            flood += [asyncio.create_task(bulk(client, "flood", "w")) for _ in range(2)]
+            await until(lambda: len(client.app[BULK]._waiting) == 2)
+            told = await problem(await bulk(client, "flood", "w"), 429, "overloaded")
+            assert told["detail"] == "Too many requests are waiting: this key has its share"
+            await are_answered(bulk(client, "quiet", "v"))
     await are_answered(*flood)
 
 
@@ -305,7 +304,7 @@ async def test_large_bodies_of_one_key_leave_room_for_those_of_another(
 ) -> None:
     client = await aiohttp_client(make_app(Settings(database_url=database_url, body_memory=6)))
     places = client.app[handlers.TURNS].places
-    async with places.place():
+    async with asyncio.timeout(10), places.place():
         waiting = [asyncio.create_task(bulk(client, "flood", "w", 0, 2 * MIB))]
         await until(lambda: places.waiting() == 1)
         told = await problem(await bulk(client, "flood", "w", 0, 2 * MIB), 429, "overloaded")
