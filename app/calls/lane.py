@@ -42,6 +42,8 @@ With less, after an outage as long as the deadline, the oldest request of each c
 """
 COMPANY_SHARE = 8
 """What a call is smaller by while several parties ask: what one of them floods a lane with comes in small portions."""
+SHORT = 100
+"""Operations of a call that is over soon."""
 SIDING_HEADROOM = 3 * HEADROOM
 """The same for the siding, whose calls wait longer for locks."""
 GAUGE_INTERVAL = 0.5
@@ -169,10 +171,10 @@ class Lane:
         return bool(self._waiting) and (not away or any(queue[0].party not in away for queue in self._waiting.queues()))
 
     def _away(self) -> set[str]:
-        """Return who has a call under way, while there are several: other lines are left to the others."""
+        """Return who has a long call under way, while there are several: other lines are left to the others."""
         if not self._parties.in_company():
             return set()
-        return {waiting.party for sent in self._sent.values() for waiting in sent}
+        return {waiting.party for sent in self._sent.values() if _size(sent) > SHORT for waiting in sent}
 
     async def _linger(self) -> None:
         """While another line has a call under way, wait a little for as many requests as it carries.

@@ -14,6 +14,7 @@ from pytest_aiohttp.plugin import AiohttpClient
 
 from app.calls.database import POOL
 from app.calls.dispatch import BULK
+from app.calls.lane import SHORT
 from app.calls.parties import PARTY, PORTION, ByTurns, Parties, Places, see_share
 from app.calls.refusals import Overloaded
 from app.settings import Settings
@@ -229,9 +230,9 @@ async def test_a_line_for_bulk_requests_is_left_to_others(
     await are_answered(bulk(client, "quiet", "quiet"))
 
     with locked(superuser, "flooded"):
-        flood = [asyncio.create_task(bulk(client, "flood", "flooded"))]
+        flood = [asyncio.create_task(bulk(client, "flood", "flooded", SHORT + 1))]
         await until(lambda: waiting_backends(superuser) == 1)
-        flood += [asyncio.create_task(bulk(client, "flood", "flooded")) for _ in range(5)]
+        flood += [asyncio.create_task(bulk(client, "flood", "other")) for _ in range(5)]
         await until(lambda: len(client.app[BULK]._waiting) == 5)
         async with asyncio.timeout(5):  # half of the deadline
             await are_answered(bulk(client, "quiet", "quiet"), bulk(client, "quiet", "quiet"))
