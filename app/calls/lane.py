@@ -131,7 +131,9 @@ class Lane:
 
     def see_room(self) -> None:
         """Raise Overloaded if too many clients wait already, or too many of this party."""
-        see_share(self._limit, len(self._waiting), self._waiting.of(PARTY.get()), "Too many requests are waiting")
+        party, waiting = PARTY.get(), len(self._waiting)
+        if party or waiting >= self._limit:
+            see_share(self._limit, waiting, self._waiting.of(party), "Too many requests are waiting")
 
     def _admit(self) -> None:
         self.see_room()

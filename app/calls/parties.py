@@ -161,24 +161,26 @@ class ByTurns(Generic[T]):
 
     def take(self, fits: Callable[[T], bool] = lambda _: True, cost: Callable[[T], float] = lambda _: 1) -> T | None:
         """Take the first item of the party whose turn it is, of those whose first item fits; None if none does."""
-        waiting = self._queues.items()
-        if len(waiting) == 1:  # as nearly always
-            [(party, queue)] = waiting
+        queues = self._queues
+        if len(queues) == 1:  # as nearly always, and then nothing has to be counted
+            party = next(iter(queues))
+            queue = queues[party]
             if not fits(queue[0]):
                 return None
+            item = queue.popleft()
         else:
-            fitting = [party for party, queue in waiting if fits(queue[0])]
+            fitting = [party for party, queue in queues.items() if fits(queue[0])]
             if not fitting:
                 return None
             party = min(fitting, key=self._had.__getitem__)
-            queue = self._queues[party]
-        item = queue.popleft()
+            queue = queues[party]
+            item = queue.popleft()
+            self._now = max(self._now, self._had[party])
+            self._had[party] += cost(item)
         self._length -= 1
-        self._now = max(self._now, self._had[party])
-        self._had[party] += cost(item)
         if not queue:
-            del self._queues[party]
-            if not self._queues:
+            del queues[party]
+            if not queues:
                 self._had.clear()
                 self._now = 0.0
         return item

@@ -37,9 +37,9 @@ def make_app(settings: Settings) -> web.Application:
     """Return the application; `settings.database_url` names the database."""
     app = web.Application(handler_args={"auto_decompress": False})
     app[SETTINGS] = settings
-    app[PARTIES] = Parties(settings.key_requests)
+    app[PARTIES] = parties = Parties(settings.key_requests)
     app[ROOM] = Room(settings.body_memory * MIB)
-    app[handlers.TURNS] = Turns()
+    app[handlers.TURNS] = Turns(parties)
     app.cleanup_ctx.extend([access_log, database.pool, dispatch.keep_lanes])
     routes = [  # the router tries those that share a prefix in this order
         web.post("/api/v1/wallets/{wallet_uuid}/operation", handlers.apply_operation),

@@ -14,7 +14,7 @@ from app.calls.database import POOL
 from app.calls.line import Outcome, Request
 from app.calls.records import Wallet
 from app.calls.refusals import NO_SUCCESS, Refusal, code_of
-from app.web.body import BODY_LIMIT, BULK_BODY_LIMIT, receive_body
+from app.web.body import BULK_BODY_LIMIT, receive_body
 from app.web.messages import (
     Applied,
     BulkParts,
@@ -44,9 +44,11 @@ from app.web.messages import (
     wallet_uuid,
 )
 from app.web.problems import RETRY, Problem, refusal, unavailable
-from app.web.turns import STEP, Turns
+from app.web.turns import Turns
 
 TURNS = web.AppKey("turns", Turns)
+LEAST = 100
+"""Bytes of an operation of a bulk request, at least; without white space it has 110."""
 READY_TIMEOUT = 2.0
 """Seconds that the database has to answer a readiness check."""
 
@@ -130,7 +132,7 @@ async def apply_operations(request: web.Request) -> web.Response:
         asked, atomic = await _requests(turns, body)
     outcomes = await dispatch.apply_all(request.app, asked, atomic=atomic)
     told = list(zip(asked, outcomes, strict=True))
-    if len(told) <= STEP:
+    if not turns.are_short_of(len(told)):
         return await turns.take(lambda: respond(Results(_results(told))))
     results = await turns.take_each(_results, told)
     return await turns.take(lambda: respond(Results(results)))
@@ -190,8 +192,8 @@ def _request(wallet: str, operation: UUID, terms: Terms) -> Request:
 
 
 async def _requests(turns: Turns, body: bytes | bytearray) -> tuple[list[Request], bool]:
-    """Decode a bulk request, a large one in steps."""
-    if len(body) > BODY_LIMIT:
+    """Decode a bulk request, in steps if they are to be short."""
+    if turns.are_short_of(len(body) // LEAST):
         with contextlib.suppress(Problem):  # it is looked at again as a whole, which tells where the fault is
             new = await turns.take(lambda: decode_body(body, _bulk_parts))
             return await turns.take_each(_requests_of, new.operations), new.atomic

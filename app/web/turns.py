@@ -4,22 +4,24 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from app.calls.parties import Places
+from app.calls.parties import Parties, Places
 
 T = TypeVar("T")
 Item = TypeVar("Item")
 
 STEP = 250
-"""Operations of a bulk request that are decoded or encoded in one step, at most: a few milliseconds."""
+"""Operations of a bulk request that are decoded or encoded in one step in company, at most: a few milliseconds."""
 
 
 class Turns:
     """Long work in steps: decoding a bulk request, say, for which everybody else has to wait.
 
-    Between two steps of a party, others have a turn; a party's work is done in the order in which it came.
+    In company the steps are short. Between two of a party, others have a turn; its work is done in the order in which
+    it came.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, parties: Parties) -> None:
+        self._parties = parties
         self.places = Places(1)
 
     async def take(self, step: Callable[[], T], since: float | None = None) -> T:
@@ -33,6 +35,10 @@ class Turns:
             done = step()
             await asyncio.sleep(loop.time() - began)
             return done
+
+    def are_short_of(self, items: int) -> bool:
+        """Tell whether so many items take several steps."""
+        return items > STEP and self._parties.in_company()
 
     async def take_each(self, step: Callable[[Sequence[Item]], Sequence[T]], items: Sequence[Item]) -> list[T]:
         """Take a step for each part of some items, and return together what they return."""

@@ -20,6 +20,8 @@ from app.calls.refusals import Overloaded
 from app.settings import Settings
 from app.web import handlers, party
 from app.web.application import make_app
+from app.web.messages import decode_part
+from app.web.turns import STEP
 from tests.api.door import balance, create, path, problem
 from tests.api.test_lanes import busy_lane, locked, queued, through, until, waiting_backends
 from tests.proxy import Point, Proxy
@@ -242,20 +244,24 @@ async def test_a_line_for_bulk_requests_is_left_to_others(
 
 
 async def test_long_work_for_one_party_is_done_in_steps_between_which_another_has_its_turn(
-    database_url: str, aiohttp_client: AiohttpClient, right_books: None
+    database_url: str, aiohttp_client: AiohttpClient, monkeypatch: pytest.MonkeyPatch, right_books: None
 ) -> None:
     client = await aiohttp_client(make_app(Settings(database_url=database_url)))
     await create(client, {"flooded": 0, "quiet": 0})
+    await are_answered(*(bulk(client, who, who) for who in ("quiet", "flooded")))
     places = client.app[handlers.TURNS].places
     async with places.place():
         flood = [asyncio.create_task(bulk(client, "flood", "flooded", 5_000)) for _ in range(3)]
         await until(lambda: places.waiting() == 3)
         quiet = asyncio.create_task(bulk(client, "quiet", "quiet"))
         await until(lambda: places.waiting() == 4)
+        steps = list[str]()
+        monkeypatch.setattr(handlers, "decode_part", lambda part: steps.append(PARTY.get()) or decode_part(part))
     await are_answered(quiet)
-    assert not any(one.done() for one in flood)
+    assert steps.count("flood") < 30
     await are_answered(*flood)
-    assert await balance(client, "flooded") == 15_000
+    assert steps.count("flood") == 3 * 5_000 // STEP
+    assert await balance(client, "flooded") == 15_001
 
 
 # Bounds
