@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 from uuid import uuid4
 
@@ -15,13 +15,13 @@ from pytest_aiohttp.plugin import AiohttpClient
 from app.calls.database import POOL
 from app.calls.dispatch import BULK
 from app.calls.lane import SHORT
+from app.calls.line import Line, Outcome, Request
 from app.calls.parties import PARTY, PORTION, ByTurns, Parties, Places, see_share
 from app.calls.refusals import Overloaded
 from app.settings import Settings
 from app.web import handlers, party
 from app.web.application import make_app
 from app.web.messages import decode_part
-from app.web.turns import STEP
 from tests.api.door import balance, create, path, problem
 from tests.api.test_lanes import busy_lane, locked, queued, through, until, waiting_backends
 from tests.proxy import Point, Proxy
@@ -255,12 +255,13 @@ async def test_long_work_for_one_party_is_done_in_steps_between_which_another_ha
         await until(lambda: places.waiting() == 3)
         quiet = asyncio.create_task(bulk(client, "quiet", "quiet"))
         await until(lambda: places.waiting() == 4)
-        steps = list[str]()
-        monkeypatch.setattr(handlers, "decode_part", lambda part: steps.append(PARTY.get()) or decode_part(part))
+        steps = list[int]()
+        monkeypatch.setattr(handlers, "decode_part", lambda part: steps.append(len(part)) or decode_part(part))
     await are_answered(quiet)
-    assert steps.count("flood") < 30
+    assert sum(steps) < 10_000
     await are_answered(*flood)
-    assert steps.count("flood") == 3 * 5_000 // STEP
+    assert sum(steps) == 15_000
+    assert max(steps) <= 500
     assert await balance(client, "flooded") == 15_001
 
 
@@ -296,7 +297,7 @@ async def test_bulk_requests_of_one_key_leave_room_for_those_of_another(
 
     with locked(superuser, "w"):
         async with asyncio.timeout(10):
-            flood = [asyncio.create_task(bulk(client, "flood", "w"))]
+            flood = [asyncio.create_task(bulk(client, "flood", "w", SHORT + 1))]
             await until(lambda: waiting_backends(superuser) == 1)
             flood += [asyncio.create_task(bulk(client, "flood", "w")) for _ in range(2)]
             await until(lambda: len(client.app[BULK]._waiting) == 2)
@@ -325,22 +326,40 @@ async def test_large_bodies_of_one_key_leave_room_for_those_of_another(
 # Large requests in company
 
 
-@pytest.mark.parametrize("point", [None, *Point])
+@pytest.mark.parametrize("lost", [0, 2])
+@pytest.mark.parametrize("point", Point)
 async def test_a_large_request_that_is_applied_in_parts_has_the_same_outcomes(
-    point: Point | None, proxy: Proxy, superuser: psycopg.Connection, aiohttp_client: AiohttpClient, right_books: None
+    point: Point,
+    lost: int,
+    proxy: Proxy,
+    superuser: psycopg.Connection,
+    aiohttp_client: AiohttpClient,
+    monkeypatch: pytest.MonkeyPatch,
+    right_books: None,
 ) -> None:
+    """The connection is cut during the call of a part: of the first, or of the last, which repeats an operation."""
     client = await aiohttp_client(make_app(Settings(database_url=through(proxy, superuser))))
     await create(client, {"w": 0})
     names = [str(uuid4()) for _ in range(1_100)]
     earlier = await client.post(path("w", "/operation"), json=asked(names[600]))
     assert earlier.status == 200
     await are_answered(client.get(path("w"), headers={"X-Party": "quiet"}))
-    if point is not None:
-        proxy.cut_next(b"wallet.apply_operation", point)
+    sizes: list[int] = []
+    cuts: list[asyncio.Future[None]] = []
 
+    async def call(line: Line, requests: Sequence[Request], *rest: Any) -> list[Outcome]:
+        if len(sizes) == lost:
+            cuts.append(proxy.cut_next(b"wallet.apply_operation", point))
+        sizes.append(len(requests))
+        return await whole_call(line, requests, *rest)
+
+    whole_call = Line._call
+    monkeypatch.setattr(Line, "_call", call)
     operations = [{**asked(name), "wallet_uuid": "w"} for name in (*names, names[0])]
     answer = await client.post(BULK_PATH, json={"operations": operations}, headers={"X-Party": "flood"})
 
+    assert [cut.done() for cut in cuts] == [True]
+    assert sorted({*sizes}) == [77, 512]
     results = (await answer.json())["results"]
     refused = [number for number, result in enumerate(results) if not result["applied"]]
     assert refused == [600, 1_100]
