@@ -33,6 +33,8 @@ LOCK_SHARE = 0.03
 """The part of a deadline that this takes, at most."""
 LEAST_ATTEMPT = 0.2
 """The part of a deadline that every attempt may take, as far as it is left: it has to wait for locks, too."""
+REST = 0.02
+"""Seconds that the database is left to others between two parts of a call, at most; else as long as a part took."""
 CLOCK_AGE = 5.0
 """Seconds after which the database's clock is read again."""
 _DECIDED = "sqlstate, message, same_request, balance_after, held_after, seq"
@@ -195,11 +197,13 @@ class Line:
     async def _apply_in_parts(self, requests: Sequence[Request], last: float, most: int) -> list[Outcome]:
         own: set[UUID] = set()
         outcomes: list[Outcome] = []
-        lost = self._lost
+        lost, loop = self._lost, asyncio.get_running_loop()
         for begin in range(0, len(requests), most):
             self._lost = lost  # if a call of the part before was lost, this one was not in it
             part = requests[begin : begin + most]
+            began = loop.time()
             found = await self._apply(part, last, own)
+            await asyncio.sleep(min(loop.time() - began, REST))
             own.update(r.operation_uuid for r, o in zip(part, found, strict=True) if o.sqlstate is None)
             outcomes += found
         return outcomes
