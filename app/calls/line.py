@@ -195,17 +195,17 @@ class Line:
         return outcomes
 
     async def _apply_in_parts(self, requests: Sequence[Request], last: float, most: int) -> list[Outcome]:
-        own: set[UUID] = set()
-        outcomes: list[Outcome] = []
-        lost, loop = self._lost, asyncio.get_running_loop()
+        """Make calls of `most` requests each, one after another, and leave the database to others in between."""
+        loop = asyncio.get_running_loop()
+        lost, own, outcomes, took = self._lost, set[UUID](), list[Outcome](), 0.0
         for begin in range(0, len(requests), most):
+            await asyncio.sleep(min(took, REST))
             self._lost = lost  # if a call of the part before was lost, this one was not in it
-            part = requests[begin : begin + most]
-            began = loop.time()
+            part, began = requests[begin : begin + most], loop.time()
             found = await self._apply(part, last, own)
-            await asyncio.sleep(min(loop.time() - began, REST))
             own.update(r.operation_uuid for r, o in zip(part, found, strict=True) if o.sqlstate is None)
             outcomes += found
+            took = loop.time() - began
         return outcomes
 
     async def _apply(
