@@ -48,7 +48,7 @@ from app.web.turns import Turns
 
 TURNS = web.AppKey("turns", Turns)
 LEAST = 100
-"""Bytes of an operation of a bulk request, at least; without white space it has 110."""
+"""Bytes of an operation of a bulk request, at least."""
 READY_TIMEOUT = 2.0
 """Seconds that the database has to answer a readiness check."""
 
@@ -132,7 +132,7 @@ async def apply_operations(request: web.Request) -> web.Response:
         asked, atomic = await _requests(turns, body)
     outcomes = await dispatch.apply_all(request.app, asked, atomic=atomic)
     told = list(zip(asked, outcomes, strict=True))
-    if not turns.are_short_of(len(told)):
+    if not turns.takes_several(len(told)):
         return await turns.take(lambda: respond(Results(_results(told))))
     results = await turns.take_each(_results, told)
     return await turns.take(lambda: respond(Results(results)))
@@ -193,7 +193,7 @@ def _request(wallet: str, operation: UUID, terms: Terms) -> Request:
 
 async def _requests(turns: Turns, body: bytes | bytearray) -> tuple[list[Request], bool]:
     """Decode a bulk request, in steps if they are to be short."""
-    if turns.are_short_of(len(body) // LEAST):
+    if turns.takes_several(len(body) // LEAST):
         with contextlib.suppress(Problem):  # it is looked at again as a whole, which tells where the fault is
             new = await turns.take(lambda: decode_body(body, _bulk_parts))
             return await turns.take_each(_requests_of, new.operations), new.atomic

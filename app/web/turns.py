@@ -36,7 +36,7 @@ class Turns:
             await asyncio.sleep(loop.time() - began)
             return done
 
-    def are_short_of(self, items: int) -> bool:
+    def takes_several(self, items: int) -> bool:
         """Tell whether so many items take several steps."""
         return items > STEP and self._parties.in_company()
 
