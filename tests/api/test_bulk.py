@@ -23,8 +23,6 @@ from tests.api.door import MAX, balance, create, deposit, history, problem, with
 from tests.api.test_lanes import locked, through, until, waiting_backends
 from tests.proxy import Point, Proxy
 
-__all__ = ["proxy"]  # a fixture
-
 A, B, C, D, E, F = (UUID(f"{letter * 8}-0000-4000-8000-000000000000") for letter in "abcdef")
 
 

@@ -25,7 +25,6 @@ from tests.api.test_lanes import (
     busy_lane,
     in_one_call,
     locked,
-    proxy,
     queued,
     through,
     until,
@@ -36,7 +35,7 @@ from tests.api.test_process import Service, Start, answers, kill, start, wait_un
 from tests.conftest import url_of
 from tests.proxy import Point, Proxy
 
-__all__ = ["proxy", "start"]  # fixtures
+__all__ = ["start"]  # a fixture
 
 METRICS_ASKED = {"method": "GET", "route": "/metrics", "status": "200"}
 CALL = b"wallet.apply_operation"

@@ -25,8 +25,6 @@ from tests.conftest import url_of
 from tests.proxy import Point, Proxy
 from tests.proxy import Postgres as PostgresTalk
 
-__all__ = ["proxy"]
-
 
 @pytest.fixture
 async def client(database_url: str, aiohttp_client: AiohttpClient) -> TestClient:
