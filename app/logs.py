@@ -15,14 +15,13 @@ import msgspec
 from aiohttp.web import RequestPayloadError
 from msgspec import UNSET, UnsetType
 
+from app.calls.parties import PARTY
 from app.metrics import LINES_DROPPED
 
 REQUEST_ID: ContextVar[str | None] = ContextVar("request_id", default=None)
 """The id of the request that is being handled."""
 PEER: ContextVar[str | None] = ContextVar("peer", default=None)
 """The address of its client."""
-KEY: ContextVar[str | None] = ContextVar("key", default=None)
-"""The name of the key that it was made with."""
 FIELDS = ("sqlstate", "code")
 """What a record may carry beside its message."""
 FLUSH_INTERVAL = 0.1
@@ -240,7 +239,7 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
-        about = (("request_id", REQUEST_ID.get()), ("peer", PEER.get()), ("key", KEY.get()))
+        about = (("request_id", REQUEST_ID.get()), ("peer", PEER.get()), ("key", PARTY.get() or None))
         line.update((name, value) for name, value in about if value is not None)
         line.update((name, record.__dict__[name]) for name in FIELDS if name in record.__dict__)
         if record.exc_info:

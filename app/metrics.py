@@ -67,7 +67,7 @@ def begin_at_zero(router: web.UrlDispatcher, types: Iterable[str], outcomes: Ite
     for route in router.routes():
         path = route.resource.canonical if route.resource is not None else ""
         if path.startswith("/api/") or path in ("/healthz", "/readyz"):
-            for status in (500, 503) if route.method in ("GET", "HEAD") else (429, 500, 503):
+            for status in (429, 500, 503):
                 REQUEST_SECONDS.labels(route.method, path, status)
             if route.method != "HEAD":
                 REQUEST_SECONDS.labels(route.method, path, 200)

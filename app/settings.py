@@ -51,6 +51,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Requests that may wait in a lane; one more gets a 429."""
     bulk_queue: int = 32
     """Bulk requests that may wait in a worker; one more gets a 429."""
+    key_requests: int = 512
+    """Requests of one key that a worker has in flight, at most; one more gets a 429."""
     connections: int = 4096
     """Connections of clients in each worker, at most."""
     body_memory: int = 64
@@ -73,6 +75,7 @@ _BOUNDS = {
     "lane_batch": (1, 10_000),
     "lane_queue": (1, 1_000_000),
     "bulk_queue": (1, 1000),
+    "key_requests": (1, 1_000_000),
     "connections": (1, 1_000_000),
     "body_memory": (4, 65_536),
     "request_deadline": (0.1, 3600),

@@ -17,6 +17,7 @@ import asyncpg
 from aiohttp import web
 from asyncpg.connect_utils import SessionAttribute
 
+from app.calls.parties import Places
 from app.calls.records import Balance, Hold, Operation, Wallet, as_json, balance_of, hold_of, operation_of
 from app.calls.refusals import NO_ANSWER, Refusal
 from app.metrics import POOL_IN_USE
@@ -148,7 +149,7 @@ def pauses() -> Iterator[float]:
 
 
 class Pool:
-    """Connections for reads, new wallets and statuses, lent in the order in which they are asked for.
+    """Connections for reads, new wallets and statuses, lent by turns to parties, to each in the order of asking.
 
     asyncpg's own pool lets newcomers overtake those who wait, and holds a caller who gives up until the server has
     answered. Here a connection is closed unless its session is known to be good.
@@ -157,13 +158,13 @@ class Pool:
     def __init__(self, url: str, size: int, deadline: float) -> None:
         self._url = url
         self.deadline = deadline
-        self._places = asyncio.Semaphore(size)
+        self._places = Places(size)
         self._idle: list[tuple[Any, float]] = []
 
     @contextlib.asynccontextmanager
     async def connection(self) -> AsyncIterator[Any]:
         """Lend a connection."""
-        async with self._places:
+        async with self._places.place():
             connection = self._take() or await connect(self._url, self.deadline)
             POOL_IN_USE.inc()
             try:

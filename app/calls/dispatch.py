@@ -10,6 +10,7 @@ from aiohttp import web
 from app.calls.database import IDLE, SETTINGS, deadline_of
 from app.calls.lane import BULK_BATCH, HEADROOM, Lane, Siding
 from app.calls.line import Line, Outcome, Request, refused
+from app.calls.parties import PARTIES
 from app.calls.refusals import Overloaded
 from app.calls.trouble import Trouble
 
@@ -126,13 +127,13 @@ async def keep_lanes(app: web.Application) -> AsyncIterator[None]:
     """Run the lanes while the app runs. They end after the last handler has its answer."""
     settings = app[SETTINGS]
     deadline = settings.request_deadline
-    trouble = Trouble()
+    trouble, parties = Trouble(), app[PARTIES]
     lanes = [
-        Lane(str(number), settings.lane_batch, settings.lane_queue, deadline, trouble)
+        Lane(str(number), settings.lane_batch, settings.lane_queue, deadline, trouble, parties)
         for number in range(settings.lanes)
     ]
-    bulk = Lane("bulk", BULK_BATCH, settings.bulk_queue, deadline, trouble, BULK_HEADROOM)
-    siding = Siding(settings.lane_queue, deadline, trouble)
+    bulk = Lane("bulk", BULK_BATCH, settings.bulk_queue, deadline, trouble, parties, BULK_HEADROOM)
+    siding = Siding(settings.lane_queue, deadline, trouble, parties)
     app[LANES], app[BULK], app[SIDING], app[TROUBLE] = lanes, bulk, siding, trouble
     kept = [(lane, Line(settings)) for lane in lanes]
     lent = [(bulk, Line(settings, BULK_PATIENCE)) for _ in range(BULK_LINES)]

@@ -19,8 +19,6 @@ goes there if either of its wallets is in trouble.
 import asyncio
 import contextlib
 import logging
-from bisect import insort
-from collections import deque
 from collections.abc import Iterable, Sequence
 from itertools import islice
 from operator import attrgetter
@@ -28,6 +26,7 @@ from typing import NamedTuple
 
 from app.calls.database import LEAD, deadline_of
 from app.calls.line import Line, Outcome, Request, refused
+from app.calls.parties import PARTY, ByTurns, Parties, see_share
 from app.calls.refusals import Overloaded
 from app.calls.trouble import Trouble
 from app.metrics import LANE_WAITING
@@ -41,6 +40,10 @@ HEADROOM = 0.1
 
 With less, after an outage as long as the deadline, the oldest request of each call would spoil it for all the others.
 """
+COMPANY_SHARE = 8
+"""What a call is smaller by while several parties ask: what one of them floods a lane with comes in small portions."""
+SHORT = 100
+"""Operations of a call that is over soon."""
 SIDING_HEADROOM = 3 * HEADROOM
 """The same for the siding, whose calls wait longer for locks."""
 GAUGE_INTERVAL = 0.5
@@ -52,19 +55,24 @@ _log = logging.getLogger("wallet")
 class Waiting(NamedTuple):
     """Requests of one client, the future of their outcomes, and their deadline (on the loop's clock).
 
-    `atomic`: all or none of them are to be applied. On the siding, `wallets` are those that they change, and
-    `tried` is when they were tried last (0: not yet).
+    `atomic`: all or none of them are to be applied. `party`: who asks. On the siding, `wallets` are
+    those that they change, and `tried` is when they were tried last (0: not yet).
     """
 
     requests: Sequence[Request]
     outcomes: asyncio.Future[list[Outcome]]
     until: float
     atomic: bool = False
+    party: str = ""
     wallets: frozenset[str] = frozenset()
     tried: float = 0
 
 
 _until = attrgetter("until")
+
+
+def _cost(waiting: Waiting) -> float:
+    return len(waiting.requests)
 
 
 def _size(waiting: Iterable[Waiting]) -> int:
@@ -80,7 +88,14 @@ class Lane:
     """A queue of requests and the lines that send them: all that wait in one call, one call at a time on each line."""
 
     def __init__(
-        self, name: str, batch: int, limit: int, deadline: float, trouble: Trouble, headroom: float = HEADROOM
+        self,
+        name: str,
+        batch: int,
+        limit: int,
+        deadline: float,
+        trouble: Trouble,
+        parties: Parties,
+        headroom: float = HEADROOM,
     ) -> None:
         self._gauge = LANE_WAITING.labels(name)
         self._batch = batch
@@ -88,7 +103,8 @@ class Lane:
         self._deadline = deadline
         self._headroom = headroom * deadline
         self._trouble = trouble
-        self._waiting: deque[Waiting] = deque()
+        self._parties = parties
+        self._waiting: ByTurns[Waiting] = ByTurns()
         self._sent: dict[Line, list[Waiting]] = {}
         self._late: list[Waiting] = []
         self._arrived = asyncio.Event()
@@ -102,24 +118,23 @@ class Lane:
         They go in one call, and `atomic` ones share it with nobody. Raises Overloaded if too many clients wait already.
         """
         self._admit()
-        waiting = Waiting(requests, self._loop.create_future(), deadline_of(self._deadline), atomic)
+        party = PARTY.get()
+        waiting = Waiting(requests, self._loop.create_future(), deadline_of(self._deadline), atomic, party)
         self._insert(waiting)
         return waiting.outcomes
 
     def _insert(self, waiting: Waiting) -> None:
-        """Queue in the order of deadlines: one that has waited before may be due before others."""
-        if not self._waiting or waiting.until >= self._waiting[-1].until:
-            self._waiting.append(waiting)
-        else:
-            insort(self._waiting, waiting, key=_until)
+        """Queue in the order of deadlines: one that has waited before may be due before others of its party."""
+        self._waiting.add(waiting.party, waiting, _until)
         if self._timer is None or waiting.until < self._timer.when():
             self.close()
             self._timer = self._loop.call_at(waiting.until, self._watch)
 
     def see_room(self) -> None:
-        """Raise Overloaded if too many clients wait already."""
-        if len(self._waiting) >= self._limit:
-            raise Overloaded("Too many requests are waiting")
+        """Raise Overloaded if too many clients wait already, or too many of this party."""
+        party, waiting = PARTY.get(), len(self._waiting)
+        if party or waiting >= self._limit:
+            see_share(self._limit, waiting, self._waiting.of(party), "Too many requests are waiting")
 
     def _admit(self) -> None:
         self.see_room()
@@ -140,18 +155,29 @@ class Lane:
         if idle is None:
             await line.open()
         while True:
-            while not self._waiting:
+            while not self._is_due():
                 self._arrived.clear()
                 try:
                     async with asyncio.timeout(idle):
                         await self._arrived.wait()
                 except TimeoutError:
                     await line.close()
-            if any(self._sent.values()):
+            if any(self._sent.values()) and not self._parties.in_company():
                 await self._linger()
             self._sent[line] = self._take()
             if not await self._send(line):
                 await asyncio.sleep(0)  # whoever was answered goes first, and finds a wallet in trouble
+
+    def _is_due(self) -> bool:
+        """Tell whether anything may go now."""
+        away = self._away()
+        return bool(self._waiting) and (not away or any(queue[0].party not in away for queue in self._waiting.queues()))
+
+    def _away(self) -> set[str]:
+        """Return who has a long call under way, while there are several: other lines are left to the others."""
+        if not self._parties.in_company():
+            return set()
+        return {waiting.party for sent in self._sent.values() if _size(sent) > SHORT for waiting in sent}
 
     async def _linger(self) -> None:
         """While another line has a call under way, wait a little for as many requests as it carries.
@@ -173,13 +199,15 @@ class Lane:
         return min(self._batch, max(map(_size, self._sent.values()), default=0))
 
     def _take(self) -> list[Waiting]:
-        """Take what is to go in the next call; single requests for wallets in trouble are answered 55P03."""
+        """Take what is to go in the next call, by turns; single requests for wallets in trouble are answered 55P03."""
         taken: list[Waiting] = []
-        room = self._batch
-        while self._waiting and (room >= len(self._waiting[0].requests) or not taken):
-            if taken and self._waiting[0].atomic:
-                break
-            waiting = self._waiting.popleft()
+        room = self._batch // COMPANY_SHARE if self._parties.in_company() else self._batch
+        away = self._away()
+
+        def fits(waiting: Waiting) -> bool:
+            return (not taken or (room >= len(waiting.requests) and not waiting.atomic)) and waiting.party not in away
+
+        while (waiting := self._waiting.take(fits, _cost)) is not None:
             if waiting.outcomes.done():  # it was given up before it was sent
                 continue
             if self._trouble.wallets and len(waiting.requests) == 1 and self._trouble.meets(waiting.requests[0]):
@@ -190,7 +218,7 @@ class Lane:
             if waiting.atomic:
                 break
         self._gauge.set(len(self._waiting))
-        return self._with_headroom(taken)
+        return self._with_headroom(sorted(taken, key=_until))
 
     def _with_headroom(self, sent: list[Waiting]) -> list[Waiting]:
         """Return those that have time for a call; the others wait for their 503."""
@@ -208,7 +236,8 @@ class Lane:
             requests = [request for waiting in sent for request in waiting.requests]
             try:
                 last = sent[0].until - LEAD * self._deadline
-                found = await line.apply(requests, last, again=again, atomic=sent[0].atomic)
+                most = self._batch // COMPANY_SHARE if self._parties.in_company() else None
+                found = await line.apply(requests, last, again=again, atomic=sent[0].atomic, most=most)
             except TimeoutError:
                 again = True
                 self._sent[line] = self._with_headroom(sent)
@@ -233,7 +262,7 @@ class Lane:
         now = self._loop.time()
         self._late = sorted((late for late in self._late if not late.outcomes.done()), key=_until)
         due = []
-        for queue in (self._late, *self._sent.values(), self._waiting):  # each from its oldest on
+        for queue in (self._late, *self._sent.values(), *self._waiting.queues()):  # each from its oldest on
             for waiting in queue:
                 if waiting.until > now:
                     due.append(waiting.until)
@@ -255,8 +284,8 @@ class Siding(Lane):
     transfer that waits for a locked wallet must not keep its other wallet from showing that it is free.
     """
 
-    def __init__(self, limit: int, deadline: float, trouble: Trouble) -> None:
-        super().__init__("siding", BULK_BATCH, limit, deadline, trouble, SIDING_HEADROOM)
+    def __init__(self, limit: int, deadline: float, trouble: Trouble, parties: Parties) -> None:
+        super().__init__("siding", BULK_BATCH, limit, deadline, trouble, parties, SIDING_HEADROOM)
         self._troubled = False
 
     async def apply_apart(self, requests: Sequence[Request], until: float) -> list[Outcome]:
@@ -302,7 +331,7 @@ class Siding(Lane):
         """Queue requests in the order of their deadlines."""
         self._admit()
         wallets = frozenset(wallet for request in requests for wallet in request.wallets())
-        waiting = Waiting(requests, self._loop.create_future(), until, atomic, wallets, tried)
+        waiting = Waiting(requests, self._loop.create_future(), until, atomic, PARTY.get(), wallets, tried)
         self._insert(waiting)
         return waiting.outcomes
 
@@ -337,6 +366,8 @@ class Siding(Lane):
                 met |= waiting.wallets & trouble
                 room = 0 if alone else room - len(waiting.requests)
         self._troubled = bool(met)
-        self._waiting = deque(sorted(left, key=_until))
+        self._waiting = ByTurns()
+        for waiting in sorted(left, key=_until):
+            self._waiting.add(waiting.party, waiting)
         self._gauge.set(len(left))
         return sorted(taken, key=_until)

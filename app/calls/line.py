@@ -33,6 +33,8 @@ LOCK_SHARE = 0.03
 """The part of a deadline that this takes, at most."""
 LEAST_ATTEMPT = 0.2
 """The part of a deadline that every attempt may take, as far as it is left: it has to wait for locks, too."""
+REST = 0.02
+"""Seconds that the database is left to others between two parts of a call, at most; else as long as a part took."""
 CLOCK_AGE = 5.0
 """Seconds after which the database's clock is read again."""
 _DECIDED = "sqlstate, message, same_request, balance_after, held_after, seq"
@@ -155,9 +157,17 @@ class Line:
         self._clock_read = 0.0
 
     async def apply(
-        self, requests: Sequence[Request], last: float, *, again: bool = False, atomic: bool = False
+        self,
+        requests: Sequence[Request],
+        last: float,
+        *,
+        again: bool = False,
+        atomic: bool = False,
+        most: int | None = None,
     ) -> list[Outcome]:
         """Apply requests in one call and return their outcomes, in order, once they are committed.
+
+        `most`: how many in one call, at most; more go in calls one after another, but for atomic ones.
 
         Tries until the database gives a definite answer. Raises TimeoutError at `last` (on the loop's clock), or up to
         LEAD of a deadline later, while the abandoned backend is ended: the outcome is then unknown. `again`: the
@@ -169,7 +179,10 @@ class Line:
         CALLS_IN_FLIGHT.inc()
         try:
             async with asyncio.timeout_at(last):
-                outcomes = await self._apply(requests, last, set(), atomic)
+                if atomic or most is None or len(requests) <= most:
+                    outcomes = await self._apply(requests, last, set(), atomic)
+                else:
+                    outcomes = await self._apply_in_parts(requests, last, most)
         except TimeoutError:
             self._lost = True  # a part of the call may have been applied
             await self._end_abandoned()
@@ -179,6 +192,20 @@ class Line:
             if self._suspect:
                 await self.close()
         count(requests, outcomes)
+        return outcomes
+
+    async def _apply_in_parts(self, requests: Sequence[Request], last: float, most: int) -> list[Outcome]:
+        """Make calls of `most` requests each, one after another, and leave the database to others in between."""
+        loop = asyncio.get_running_loop()
+        lost, own, outcomes, took = self._lost, set[UUID](), list[Outcome](), 0.0
+        for begin in range(0, len(requests), most):
+            await asyncio.sleep(min(took, REST))
+            self._lost = lost  # if a call of the part before was lost, this one was not in it
+            part, began = requests[begin : begin + most], loop.time()
+            found = await self._apply(part, last, own)
+            own.update(r.operation_uuid for r, o in zip(part, found, strict=True) if o.sqlstate is None)
+            outcomes += found
+            took = loop.time() - began
         return outcomes
 
     async def _apply(

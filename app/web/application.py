@@ -10,9 +10,10 @@ from aiohttp.typedefs import Handler
 from app import metrics
 from app.calls import database, dispatch
 from app.calls.database import SETTINGS
+from app.calls.parties import PARTIES, Parties
 from app.calls.refusals import DATABASE_REFUSED, REFUSALS
 from app.settings import Settings, access
-from app.web import connections, docs, handlers, keys, origins, peers
+from app.web import connections, docs, handlers, keys, origins, party, peers
 from app.web.body import ROOM, Room, check_head
 from app.web.keys import OPEN, OPERATE
 from app.web.messages import OperationType, check_query
@@ -38,8 +39,9 @@ def make_app(settings: Settings) -> web.Application:
     wants_keys = access(settings) == "keys"
     app = web.Application(handler_args={"auto_decompress": False})
     app[SETTINGS] = settings
+    app[PARTIES] = parties = Parties(settings.key_requests)
     app[ROOM] = Room(settings.body_memory * MIB)
-    app[handlers.TURNS] = Turns()
+    app[handlers.TURNS] = Turns(parties)
     app.cleanup_ctx.extend([access_log, database.pool, dispatch.keep_lanes, *([keys.keep] if wants_keys else [])])
     check_origin, admit = origins.guard(settings), keys.admit if wants_keys else keys.admit_anybody
     app.router.add_routes(
@@ -100,6 +102,14 @@ def guarded(
         check_head(request)
         if not has_query:
             check_query(request)
-        return await handler(request)
+        asking = party.party_of(request)
+        if not asking:
+            return await handler(request)
+        parties = request.app[PARTIES]
+        await parties.enter(asking)
+        try:
+            return await handler(request)
+        finally:
+            parties.leave(asking)
 
     return enter

@@ -2,11 +2,13 @@
 
 import asyncio
 import contextlib
+from collections import Counter
 
 from aiohttp import HttpVersion11, hdrs, web
 from aiohttp.http_exceptions import HttpProcessingError
 
-from app.web.problems import Problem, invalid, overloaded
+from app.calls.parties import PARTY, see_share
+from app.web.problems import Problem, invalid
 
 JSON = "application/json"
 BODY_LIMIT = 64 * 1024
@@ -26,17 +28,24 @@ class Room:
     """
 
     def __init__(self, size: int) -> None:
-        self._left = size
+        self._size = size
+        self._taken: Counter[str] = Counter()
 
     def take(self, size: int) -> None:
-        """Take so many bytes. Raises Problem (429) if they are not left."""
-        if size > self._left:
-            raise overloaded("Too many large bodies are being received")
-        self._left -= size
+        """Take so many bytes. Raises Overloaded if they are not left, or not to this party."""
+        if size:
+            party = PARTY.get()
+            full = "Too many large bodies are being received"
+            see_share(self._size, self._taken.total(), self._taken[party], full, size)
+            self._taken[party] += size
 
     def give_back(self, size: int) -> None:
         """Give so many bytes back."""
-        self._left += size
+        if size:
+            party = PARTY.get()
+            self._taken[party] -= size
+            if not self._taken[party]:
+                del self._taken[party]
 
 
 ROOM = web.AppKey("room", Room)

@@ -1,10 +1,13 @@
 """One handler a route: decode, call, answer."""
 
 import asyncio
+import contextlib
+from collections.abc import Sequence
 from uuid import UUID
 
 import msgspec
 from aiohttp import web
+from msgspec import Raw
 
 from app.calls import database, dispatch
 from app.calls.database import POOL
@@ -15,6 +18,7 @@ from app.web.body import BULK_BODY_LIMIT, receive_body
 from app.web.keys import CALLER, permit_operation, permit_operations, permit_wallet
 from app.web.messages import (
     Applied,
+    BulkParts,
     HoldPage,
     Holds,
     Moment,
@@ -31,6 +35,7 @@ from app.web.messages import (
     Wallets,
     WalletTerms,
     decode_body,
+    decode_part,
     decoder,
     metadata_text,
     operation_uuid,
@@ -43,6 +48,8 @@ from app.web.problems import RETRY, Problem, refusal, unavailable
 from app.web.turns import Turns
 
 TURNS = web.AppKey("turns", Turns)
+LEAST = 100
+"""Bytes of an operation of a bulk request, at least."""
 READY_TIMEOUT = 2.0
 """Seconds that the database has to answer a readiness check."""
 
@@ -52,6 +59,7 @@ _new_status = decoder(NewStatus)
 _new_operation = decoder(NewOperation)
 _terms = decoder(Terms)
 _new_operations = decoder(NewOperations)
+_bulk_parts = decoder(BulkParts)
 
 
 async def create_wallet(request: web.Request) -> web.Response:
@@ -127,9 +135,14 @@ async def apply_operations(request: web.Request) -> web.Response:
     turns = request.app[TURNS]
     dispatch.admit_bulk(request.app)
     with await receive_body(request, BULK_BODY_LIMIT) as body:
-        asked, atomic = await turns.take(lambda: _requests(request, body))
+        asked, atomic = await _requests(turns, body)
+    permit_operations(request, asked)
     outcomes = await dispatch.apply_all(request.app, asked, atomic=atomic)
-    return await turns.take(lambda: respond(Results(list(map(_result, asked, outcomes)))))
+    told = list(zip(asked, outcomes, strict=True))
+    if not turns.takes_several(len(told)):
+        return await turns.take(lambda: respond(Results(_results(told))))
+    results = await turns.take_each(_results, told)
+    return await turns.take(lambda: respond(Results(results)))
 
 
 async def list_operations(request: web.Request) -> web.Response:
@@ -185,11 +198,22 @@ def _request(wallet: str, operation: UUID, terms: Terms) -> Request:
     )
 
 
-def _requests(request: web.Request, body: bytes | bytearray) -> tuple[list[Request], bool]:
+async def _requests(turns: Turns, body: bytes | bytearray) -> tuple[list[Request], bool]:
+    """Decode a bulk request, in steps if they are to be short."""
+    if turns.takes_several(len(body) // LEAST):
+        with contextlib.suppress(Problem):  # it is looked at again as a whole, which tells where the fault is
+            new = await turns.take(lambda: decode_body(body, _bulk_parts))
+            return await turns.take_each(_requests_of, new.operations), new.atomic
+    return await turns.take(lambda: _whole(body))
+
+
+def _whole(body: bytes | bytearray) -> tuple[list[Request], bool]:
     new = decode_body(body, _new_operations)
-    asked = [_request(each.wallet_uuid, each.operation_uuid, each) for each in new.operations]
-    permit_operations(request, asked)
-    return asked, new.atomic
+    return [_request(each.wallet_uuid, each.operation_uuid, each) for each in new.operations], new.atomic
+
+
+def _requests_of(part: Sequence[Raw]) -> list[Request]:
+    return [_request(each.wallet_uuid, each.operation_uuid, each) for each in decode_part(part)]
 
 
 def _refusal(outcome: Outcome, *, conflicts: bool = False) -> Problem:
@@ -202,6 +226,10 @@ def _refusal(outcome: Outcome, *, conflicts: bool = False) -> Problem:
         operation=recorded,
         same_request=same_request,
     )
+
+
+def _results(told: Sequence[tuple[Request, Outcome]]) -> list[Applied | Refused]:
+    return [_result(*each) for each in told]
 
 
 def _result(asked: Request, outcome: Outcome) -> Applied | Refused:

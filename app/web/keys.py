@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import asyncpg
 from aiohttp import hdrs, web
 
-from app import logs
 from app.calls.database import FIRST_ATTEMPT, SETTINGS, UNTIL, connect, deadline_of, live_keys, pauses
 from app.calls.line import Request
+from app.calls.parties import PARTY
 from app.settings import Settings
 from app.web.problems import Problem
 
@@ -43,13 +43,13 @@ _log = logging.getLogger("wallet")
 class Key(NamedTuple):
     """A caller: what it is called, what it may do, how its wallets' names begin, until when (by time.monotonic())."""
 
-    name: str | None
+    name: str
     scopes: frozenset[str]
     prefix: str
     until: float
 
 
-ANYBODY = Key(None, frozenset(("read", "create", *OPERATE, "admin", "metrics")), "", math.inf)
+ANYBODY = Key("", frozenset(("read", "create", *OPERATE, "admin", "metrics")), "", math.inf)
 """Every caller, where no key is needed."""
 CALLER = web.RequestKey("caller", Key)
 
@@ -152,7 +152,7 @@ async def admit(request: web.Request, scopes: Sequence[str]) -> None:
         key = await request.app[KEYS].find(hashlib.sha256(secret.encode()).digest())
     if key is None:
         raise unauthorized("The key is unknown, expired or revoked", error="invalid_token")
-    logs.KEY.set(key.name)
+    PARTY.set(key.name)
     if key.scopes.isdisjoint(scopes):
         raise out_of_scope(*scopes)
     if not request.match_info.get("wallet_uuid", key.prefix).startswith(key.prefix):

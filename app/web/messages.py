@@ -1,7 +1,7 @@
 """What goes over the wire: requests decoded by type, answers encoded by type, nothing untyped in between."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
@@ -86,6 +86,13 @@ class NewOperations(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The body of a bulk request. `atomic`: all of them or none."""
 
     operations: Annotated[list[BulkOperation], msgspec.Meta(max_length=10_000)]
+    atomic: bool = False
+
+
+class BulkParts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The same, its operations not decoded yet."""
+
+    operations: Annotated[list[Raw], msgspec.Meta(max_length=10_000)]
     atomic: bool = False
 
 
@@ -221,6 +228,11 @@ def decode_body(body: bytes | bytearray, decoder: msgspec.json.Decoder[T]) -> T:
         raise invalid(["body"], "not valid JSON: not valid UTF-8", "json_invalid") from None
 
 
+def decode_part(part: Sequence[Raw]) -> list[BulkOperation]:
+    """Decode some operations of a bulk request. Raises Problem (400), which doesn't say where they stand."""
+    return decode_body(b"[" + b",".join(part) + b"]", _some_operations)
+
+
 def _with_exact_amounts(body: bytes | bytearray, error: msgspec.ValidationError) -> bytes:
     """Return a body with its amounts written as integers where they are. Raises `error` if it is no such body."""
     try:
@@ -256,6 +268,7 @@ def exact_number(number: Raw) -> Raw:
 
 
 _NUMBER = tuple(b"%c" % character for character in b"-0123456789")
+_some_operations = decoder(list[BulkOperation])
 _members = msgspec.json.Decoder(dict[str, Raw]).decode
 _list = msgspec.json.Decoder(list[dict[str, Raw]]).decode
 

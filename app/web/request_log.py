@@ -12,7 +12,8 @@ from aiohttp.typedefs import Handler
 from msgspec import UNSET
 
 from app.calls.database import UNTIL
-from app.logs import KEY, PEER, REQUEST_ID, AccessLine, AccessLog
+from app.calls.parties import PARTY
+from app.logs import PEER, REQUEST_ID, AccessLine, AccessLog
 from app.metrics import REQUEST_SECONDS
 from app.web.connections import check_protocol
 from app.web.problems import answer_to
@@ -45,7 +46,7 @@ async def answer(
     request_id = given if _GOOD_ID.fullmatch(given) else f"{random.getrandbits(64):016x}"
     REQUEST_ID.set(request_id)
     PEER.set(peer := peer_of(request))
-    KEY.set(None)  # a connection's requests share a context
+    PARTY.set("")  # a connection's requests share a context
     UNTIL.set(None)
     response: web.StreamResponse | None
     try:
@@ -71,7 +72,7 @@ async def answer(
     if log.enabled and (route != PROBE or response.status != 200):
         asked = (request.method, request.rel_url.raw_path[:200]) if match is not None else ("-", "-")
         ms = round(seconds * 1000, 3)
-        log.add(AccessLine(datetime.now(UTC), request_id, *asked, response.status, ms, peer, KEY.get() or UNSET))
+        log.add(AccessLine(datetime.now(UTC), request_id, *asked, response.status, ms, peer, PARTY.get() or UNSET))
     return response
 
 

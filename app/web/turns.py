@@ -1,23 +1,50 @@
 """Turns: what keeps the event loop busy for long is done by one request at a time, and leaves others as much time."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+from app.calls.parties import Parties, Places
+
 T = TypeVar("T")
+Item = TypeVar("Item")
+
+STEP = 250
+"""Operations of a bulk request that are decoded or encoded in one step in company, at most: a few milliseconds."""
 
 
 class Turns:
-    """A queue of long steps: decoding a bulk request, say, for which everybody else has to wait."""
+    """Long work in steps: decoding a bulk request, say, for which everybody else has to wait.
 
-    def __init__(self) -> None:
-        self._lock = asyncio.Lock()
+    In company the steps are short. Between two of a party, others have a turn; its work is done in the order in which
+    it came.
+    """
 
-    async def take(self, step: Callable[[], T]) -> T:
-        """Take a step and return what it returns; the next one begins after as much time as this one took."""
+    def __init__(self, parties: Parties) -> None:
+        self._parties = parties
+        self.places = Places(1)
+
+    async def take(self, step: Callable[[], T], since: float | None = None) -> T:
+        """Take a step and return what it returns; the next one begins after as much time as this one took.
+
+        `since`: when the work of which it is a step came, on the loop's clock.
+        """
         loop = asyncio.get_running_loop()
-        async with self._lock:
+        async with self.places.place(since):
             began = loop.time()
             done = step()
             await asyncio.sleep(loop.time() - began)
             return done
+
+    def takes_several(self, items: int) -> bool:
+        """Tell whether so many items take several steps."""
+        return items > STEP and self._parties.in_company()
+
+    async def take_each(self, step: Callable[[Sequence[Item]], Sequence[T]], items: Sequence[Item]) -> list[T]:
+        """Take a step for each part of some items, and return together what they return."""
+        since = asyncio.get_running_loop().time()
+        done: list[T] = []
+        for begin in range(0, len(items), STEP):
+            part = items[begin : begin + STEP]
+            done += await self.take(lambda: step(part), since)  # noqa: B023
+        return done

@@ -1,5 +1,6 @@
 """What the tests over HTTP share."""
 
+import tempfile
 from collections.abc import AsyncIterator
 
 import psycopg
@@ -12,6 +13,7 @@ from app.server.migrations import LOGIN
 from app.settings import Settings
 from app.web.application import make_app
 from tests.conftest import url_of
+from tests.proxy import Postgres, Proxy
 
 
 @pytest.fixture(autouse=True)
@@ -30,3 +32,13 @@ async def shared_client(shared_superuser: psycopg.Connection) -> AsyncIterator[T
     settings = Settings(database_url=url_of(shared_superuser, LOGIN))
     async with TestClient(TestServer(make_app(settings))) as client:
         yield client
+
+
+@pytest.fixture
+async def proxy(superuser: psycopg.Connection) -> AsyncIterator[Proxy]:
+    """A proxy before PostgreSQL."""
+    proxy = Proxy(f"{superuser.info.host}/.s.PGSQL.5432", Postgres)
+    with tempfile.TemporaryDirectory(prefix="wallet-proxy-", dir="/tmp") as folder:
+        await proxy.listen(f"{folder}/.s.PGSQL.5432")
+        yield proxy
+        await proxy.close()

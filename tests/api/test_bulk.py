@@ -20,10 +20,8 @@ from app.settings import Settings
 from app.web.application import make_app
 from app.web.body import BULK_BODY_LIMIT
 from tests.api.door import MAX, balance, create, deposit, history, problem, withdraw
-from tests.api.test_lanes import locked, proxy, through, until, waiting_backends
+from tests.api.test_lanes import locked, through, until, waiting_backends
 from tests.proxy import Point, Proxy
-
-__all__ = ["proxy"]  # a fixture
 
 A, B, C, D, E, F = (UUID(f"{letter * 8}-0000-4000-8000-000000000000") for letter in "abcdef")
 

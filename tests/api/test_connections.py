@@ -156,9 +156,9 @@ async def test_a_body_has_its_room_until_it_is_decoded(database_url: str, aiohtt
     client = await aiohttp_client(make_app(Settings(database_url=database_url, body_memory=4)))
     body = json.dumps({"operations": []}).encode().ljust(3 * MIB)
     headers = {"Content-Type": "application/json"}
-    async with client.app[handlers.TURNS]._lock:
+    async with client.app[handlers.TURNS].places.place():
         waiting = asyncio.create_task(client.post(BULK, data=body, headers=headers))
-        await until(lambda: bool(client.app[handlers.TURNS]._lock._waiters))
+        await until(client.app[handlers.TURNS].places.waiting)
         await problem(await client.post(BULK, data=body, headers=headers), 429, "overloaded")
     assert (await waiting).status == 200
     assert (await client.post(BULK, data=body, headers=headers)).status == 200

@@ -6,7 +6,6 @@ import itertools
 import os
 import random
 import signal
-import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -27,6 +26,7 @@ from app.calls.database import connect
 from app.calls.dispatch import LANES
 from app.calls.lane import Lane
 from app.calls.line import Line, Outcome, Request
+from app.calls.parties import Parties
 from app.calls.trouble import Trouble
 from app.server.embedded import Postgres, connection_url
 from app.server.migrations import LOGIN, bring_up_to_date
@@ -35,7 +35,6 @@ from app.web.application import make_app
 from tests.api.door import MAX, apply, balance, create, deposit, history, hold, path, problem, put, withdraw
 from tests.conftest import url_of
 from tests.proxy import Http, Point, Proxy
-from tests.proxy import Postgres as PostgresTalk
 
 A = UUID("aaaaaaaa-0000-4000-8000-00000000000a")
 B = UUID("bbbbbbbb-0000-4000-8000-00000000000b")
@@ -48,16 +47,6 @@ def _right_books(superuser: psycopg.Connection) -> Iterator[None]:
     print(f"WALLET_TEST_SEED={SEED}")  # shown if the test fails
     yield
     assert superuser.execute("select * from wallet.verify()").fetchall() == []
-
-
-@pytest.fixture
-async def proxy(superuser: psycopg.Connection) -> AsyncIterator[Proxy]:
-    """A proxy before PostgreSQL."""
-    proxy = Proxy(f"{superuser.info.host}/.s.PGSQL.5432", PostgresTalk)
-    with tempfile.TemporaryDirectory(prefix="wallet-proxy-", dir="/tmp") as folder:
-        await proxy.listen(f"{folder}/.s.PGSQL.5432")
-        yield proxy
-        await proxy.close()
 
 
 def through(proxy: Proxy, superuser: psycopg.Connection) -> str:
@@ -649,7 +638,7 @@ async def test_each_of_hundreds_of_requests_gets_its_own_answer(client: TestClie
 
 @contextlib.asynccontextmanager
 async def running_lane(settings: Settings, *lines: Line) -> AsyncIterator[Lane]:
-    lane = Lane("0", settings.lane_batch, settings.lane_queue, settings.request_deadline, Trouble())
+    lane = Lane("0", settings.lane_batch, settings.lane_queue, settings.request_deadline, Trouble(), Parties(1))
     tasks = [asyncio.create_task(lane.run(line)) for line in lines]
     try:
         yield lane
@@ -1071,11 +1060,9 @@ class WatchedLine(Line):
         super().__init__(settings)
         self.calls: list[int] = []
 
-    async def apply(
-        self, requests: Sequence[Request], last: float, *, again: bool = False, atomic: bool = False
-    ) -> list[Outcome]:
+    async def apply(self, requests: Sequence[Request], last: float, **how: Any) -> list[Outcome]:
         self.calls.append(len(requests))
-        return await super().apply(requests, last, again=again, atomic=atomic)
+        return await super().apply(requests, last, **how)
 
 
 async def test_an_idle_lane_sends_at_once(client: TestClient, database_url: str) -> None:

@@ -20,12 +20,10 @@ from app.server.preconditions import check
 from app.settings import Settings, StartupError
 from app.web.application import make_app
 from tests.api.door import balance, create, deposit, path, problem
-from tests.api.test_lanes import lane_pids, proxy, through, until
+from tests.api.test_lanes import lane_pids, through, until
 from tests.conftest import url_of
 from tests.proxy import Point, Proxy
 from tests.proxy import Postgres as PostgresTalk
-
-__all__ = ["proxy"]
 
 
 @pytest.fixture

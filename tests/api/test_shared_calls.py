@@ -17,6 +17,7 @@ from pytest_aiohttp.plugin import AiohttpClient
 from app.calls.dispatch import SIDING, TROUBLE
 from app.calls.lane import Siding
 from app.calls.line import Line, Outcome, Request, refused
+from app.calls.parties import Parties
 from app.calls.trouble import Trouble
 from app.settings import Settings
 from app.web.application import make_app
@@ -327,7 +328,7 @@ def test_what_is_refused_before_a_lock_is_looked_at_speaks_for_nobody(sqlstate: 
 async def test_the_siding_begins_by_turns_with_what_is_in_trouble_and_tries_alone_what_may_be_refused() -> None:
     trouble = Trouble()
     noted(trouble, ("refused", "P0001"), ("locked", "55P03"))
-    siding = Siding(100, 10, trouble)
+    siding = Siding(100, 10, trouble, Parties(1))
 
     def wait(wallet: str, *, atomic: bool = False) -> None:
         siding._queue([Request(wallet, uuid4(), "DEPOSIT", 1)], siding.now() + 10, 0, atomic=atomic)

@@ -31,7 +31,13 @@ class EarlyLine(Line):
         self._commit: asyncio.Task[None] | None = None
 
     async def apply(
-        self, requests: Sequence[Request], last: float, *, again: bool = False, atomic: bool = False
+        self,
+        requests: Sequence[Request],
+        last: float,
+        *,
+        again: bool = False,
+        atomic: bool = False,
+        most: int | None = None,
     ) -> list[Outcome]:
         """Apply requests, and commit later."""
         while True:
@@ -64,7 +70,13 @@ class PiecemealLine(Line):
     """A line that applies of an atomic request what it can."""
 
     async def apply(
-        self, requests: Sequence[Request], last: float, *, again: bool = False, atomic: bool = False
+        self,
+        requests: Sequence[Request],
+        last: float,
+        *,
+        again: bool = False,
+        atomic: bool = False,
+        most: int | None = None,
     ) -> list[Outcome]:
         """Apply requests, each by itself."""
         return await super().apply(requests, last, again=again)

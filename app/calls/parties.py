@@ -1,0 +1,232 @@
+"""Parties: who asks. What all of them share is shared out between them, so that one's flood is its own affair.
+
+A party is the name of the key that a request carries; "" where there are no keys, and then nothing here bounds it.
+"""
+
+import asyncio
+import contextlib
+from bisect import insort
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextvars import ContextVar
+from operator import itemgetter
+from typing import Any, Generic, TypeVar
+
+from aiohttp import web
+
+from app.calls.refusals import Overloaded
+
+T = TypeVar("T")
+
+PARTY: ContextVar[str] = ContextVar("party", default="")
+"""The party of the request that is being answered."""
+COMPANY = 10.0
+"""Seconds for which a party that has asked for something counts as company of the others."""
+PORTION = 8
+"""Requests that come in together in company, at most: what others may have to wait for before each of their steps."""
+REST = 0.5
+"""The pause between two portions, as a part of the time that the event loop took for the first."""
+REFUSAL_PAUSE = 0.5
+"""Seconds until a party is told that it asks for too much: it may ask again at once, and each answer takes time."""
+
+
+class Parties:
+    """How many requests each party has in flight, and whether there is more than one party."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._in_flight: Counter[str] = Counter()
+        self._last = ""
+        self._changed = -COMPANY
+        self._arrived: ByTurns[asyncio.Future[None]] = ByTurns()
+
+    async def enter(self, party: str) -> None:
+        """Count a request of a party until it leaves. Raises Overloaded, after a moment, if there are too many.
+
+        In company, requests come in by turns, a few at a time.
+        """
+        if party != self._last:
+            if self._last:
+                self._changed = asyncio.get_running_loop().time()
+            self._last = party
+        if self._in_flight[party] >= self._limit:
+            await asyncio.sleep(REFUSAL_PAUSE)
+            await self._turn(party)
+            raise Overloaded(f"This key has {self._limit} requests in flight already")
+        self._in_flight[party] += 1
+        PARTY.set(party)
+        try:
+            await self._turn(party)
+        except BaseException:
+            self.leave(party)
+            raise
+
+    def leave(self, party: str) -> None:
+        """Count a request as answered."""
+        self._in_flight[party] -= 1
+        if not self._in_flight[party]:
+            del self._in_flight[party]
+
+    def in_company(self) -> bool:
+        """Tell whether several parties ask: another one than the last asked a moment ago."""
+        return asyncio.get_running_loop().time() - self._changed < COMPANY
+
+    async def _turn(self, party: str) -> None:
+        if self.in_company():
+            loop = asyncio.get_running_loop()
+            turn = loop.create_future()
+            if not self._arrived:
+                loop.call_soon(self._let_in)
+            self._arrived.add(party, turn)
+            await turn
+
+    def _let_in(self) -> None:
+        loop = asyncio.get_running_loop()
+        for _ in range(PORTION):
+            if (turn := self._arrived.take()) is None:
+                return
+            if not turn.done():
+                turn.set_result(None)
+        if self._arrived:
+            loop.call_soon(self._rest, loop.time())
+
+    def _rest(self, began: float) -> None:
+        """Let in the next portion, after a part of the time that the last one took."""
+        loop = asyncio.get_running_loop()
+        loop.call_later(REST * (loop.time() - began), self._let_in)
+
+
+PARTIES = web.AppKey("parties", Parties)
+
+
+def see_share(size: int, taken: int, own: int, full: str, wanted: int = 1) -> None:
+    """Raise Overloaded if `wanted` is not left of something, or if the asking party would have more than it leaves.
+
+    The dynamic threshold of Choudhury and Hahne (1998): one party alone has up to a half, two a third each, and there
+    is always something left for one that comes. `taken` is what all have, `own` what this party has of it; `full` is
+    what clients are told.
+    """
+    left = size - taken - wanted
+    if left < 0:
+        raise Overloaded(full)
+    if PARTY.get() and own + wanted > left:
+        raise Overloaded(f"{full}: this key has its share")
+
+
+class ByTurns(Generic[T]):
+    """What waits, by party: each in its own order, and the party that has had the least goes next.
+
+    Start-time fair queueing (Goyal, Vin and Cheng, 1996): who was away has no credit for it.
+    """
+
+    def __init__(self) -> None:
+        self._queues: dict[str, deque[T]] = {}
+        self._had: dict[str, float] = {}
+        self._now = 0.0
+        self._length = 0
+
+    def __len__(self) -> int:
+        """Return how many wait."""
+        return self._length
+
+    def __iter__(self) -> Iterator[T]:
+        """Return what waits, party by party."""
+        for queue in self._queues.values():
+            yield from queue
+
+    def queues(self) -> Iterator[deque[T]]:
+        """Return the queue of each party that waits."""
+        return iter(self._queues.values())
+
+    def of(self, party: str) -> int:
+        """Return how many of a party wait."""
+        return len(self._queues.get(party, ()))
+
+    def add(self, party: str, item: T, key: Callable[[T], Any] | None = None) -> None:
+        """Add an item of a party, behind its others or, with a `key`, in the order of that."""
+        queue = self._queues.get(party)
+        if queue is None:
+            queue = self._queues[party] = deque()
+            self._had[party] = max(self._now, self._had.get(party, 0.0))
+        if key is None or not queue or key(queue[-1]) <= key(item):
+            queue.append(item)
+        else:
+            insort(queue, item, key=key)
+        self._length += 1
+
+    def charge(self, party: str, cost: float) -> None:
+        """Count what a party has had beside what it took, if anybody waits."""
+        if self._queues:
+            self._had[party] = self._had.get(party, self._now) + cost
+
+    def take(self, fits: Callable[[T], bool] = lambda _: True, cost: Callable[[T], float] = lambda _: 1) -> T | None:
+        """Take the first item of the party whose turn it is, of those whose first item fits; None if none does."""
+        queues = self._queues
+        if len(queues) == 1:  # as nearly always, and then nothing has to be counted
+            party = next(iter(queues))
+            queue = queues[party]
+            if not fits(queue[0]):
+                return None
+            item = queue.popleft()
+        else:
+            fitting = [party for party, queue in queues.items() if fits(queue[0])]
+            if not fitting:
+                return None
+            party = min(fitting, key=self._had.__getitem__)
+            queue = queues[party]
+            item = queue.popleft()
+            self._now = max(self._now, self._had[party])
+            self._had[party] += cost(item)
+        self._length -= 1
+        if not queue:
+            del queues[party]
+            if not queues:
+                self._had.clear()
+                self._now = 0.0
+        return item
+
+
+class Places:
+    """Places that are lent by turns: a semaphore, fair between parties by the time for which each has had one."""
+
+    def __init__(self, number: int) -> None:
+        self._free = number
+        self._turns: ByTurns[tuple[float, asyncio.Future[None]]] = ByTurns()
+
+    def waiting(self) -> int:
+        """Return how many wait for a place, those who gave up meanwhile included."""
+        return len(self._turns)
+
+    @contextlib.asynccontextmanager
+    async def place(self, since: float | None = None) -> AsyncIterator[None]:
+        """Lend a place. `since`: from when on it counts as asked for, on the loop's clock; None: from now on."""
+        await self._take(since)
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        try:
+            yield
+        finally:
+            self._turns.charge(PARTY.get(), loop.time() - began)
+            self._give_back()
+
+    async def _take(self, since: float | None) -> None:
+        if self._free:
+            self._free -= 1
+            return
+        loop = asyncio.get_running_loop()
+        turn = loop.create_future()
+        self._turns.add(PARTY.get(), (loop.time() if since is None else since, turn), itemgetter(0))
+        try:
+            await turn
+        except BaseException:
+            if not turn.cancelled():  # it was given a place, and gives up at the same moment
+                self._give_back()
+            raise
+
+    def _give_back(self) -> None:
+        while (waiting := self._turns.take(cost=lambda _: 0)) is not None:
+            _, turn = waiting
+            if not turn.done():
+                turn.set_result(None)
+                return
+        self._free += 1
