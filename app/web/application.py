@@ -15,7 +15,7 @@ from app.calls.refusals import DATABASE_REFUSED, REFUSALS
 from app.settings import Settings, access
 from app.web import connections, docs, handlers, keys, origins, party, peers
 from app.web.body import ROOM, Room, check_head
-from app.web.keys import OPEN, OPERATE
+from app.web.keys import OPEN, OPERATE, Keys
 from app.web.messages import OperationType, check_query
 from app.web.request_log import access_log, answer
 from app.web.turns import Turns
@@ -42,8 +42,12 @@ def make_app(settings: Settings) -> web.Application:
     app[PARTIES] = parties = Parties(settings.key_requests)
     app[ROOM] = Room(settings.body_memory * MIB)
     app[handlers.TURNS] = Turns(parties)
-    app.cleanup_ctx.extend([access_log, database.pool, dispatch.keep_lanes, *([keys.keep] if wants_keys else [])])
-    check_origin, admit = origins.guard(settings), keys.admit if wants_keys else keys.admit_anybody
+    app.cleanup_ctx.extend([access_log, database.pool, dispatch.keep_lanes])
+    check_origin, admit = origins.guard(settings), keys.admit_anybody
+    if wants_keys:
+        app[keys.KEYS] = Keys(settings.request_deadline)
+        app.cleanup_ctx.append(keys.keep)
+        admit = app[keys.KEYS].admit
     app.router.add_routes(
         web.RouteDef(
             r.method, r.path, guarded(r.handler, scopes, check_origin, admit), {**r.kwargs, "expect_handler": expect}

@@ -63,6 +63,28 @@ class Keys:
         self._trusted_until = -math.inf
         self._fresh = asyncio.Event()
 
+    async def admit(self, request: web.Request, scopes: Sequence[str]) -> None:
+        """Take a request with a key that has one of these scopes, if it needs any, and reaches the wallet in its path.
+
+        Raises Problem: 401, 403; and TimeoutError if the keys cannot be read.
+        """
+        if not scopes:
+            return
+        secret = presented(request)
+        if secret is None:
+            raise unauthorized("This needs a key: Authorization: Bearer wk_...")
+        key = None
+        if secret.startswith("wk_") and len(secret) <= SECRET_LIMIT and secret.isascii():
+            key = await self.find(hashlib.sha256(secret.encode()).digest())
+        if key is None:
+            raise unauthorized("The key is unknown, expired or revoked", error="invalid_token")
+        PARTY.set(key.name)
+        if key.scopes.isdisjoint(scopes):
+            raise out_of_scope(*scopes)
+        if key.prefix and not request.match_info.get("wallet_uuid", key.prefix).startswith(key.prefix):
+            raise out_of_reach(key)
+        request[CALLER] = key
+
     async def find(self, digest: bytes) -> Key | None:
         """Return the key with a digest. Waits for a reading up to the request's deadline, then raises TimeoutError.
 
@@ -123,8 +145,7 @@ KEYS = web.AppKey("keys", Keys)
 
 
 async def keep(app: web.Application) -> AsyncIterator[None]:
-    """Hold the keys while the app runs."""
-    app[KEYS] = Keys(app[SETTINGS].request_deadline)
+    """Read the keys while the app runs."""
     reading = asyncio.create_task(app[KEYS].keep(app[SETTINGS]))
     yield
     reading.cancel()
@@ -137,37 +158,13 @@ async def admit_anybody(request: web.Request, scopes: Sequence[str]) -> None:
     request[CALLER] = ANYBODY
 
 
-async def admit(request: web.Request, scopes: Sequence[str]) -> None:
-    """Take a request with a key that has one of these scopes, where it needs any, and reaches the wallet in its path.
-
-    Raises Problem: 401, 403; and TimeoutError if the keys cannot be read.
-    """
-    if not scopes:
-        return
-    secret = presented(request)
-    if secret is None:
-        raise unauthorized("This needs a key: Authorization: Bearer wk_...")
-    key = None
-    if secret.startswith("wk_") and len(secret) <= SECRET_LIMIT and secret.isascii():
-        key = await request.app[KEYS].find(hashlib.sha256(secret.encode()).digest())
-    if key is None:
-        raise unauthorized("The key is unknown, expired or revoked", error="invalid_token")
-    PARTY.set(key.name)
-    if key.scopes.isdisjoint(scopes):
-        raise out_of_scope(*scopes)
-    if not request.match_info.get("wallet_uuid", key.prefix).startswith(key.prefix):
-        raise out_of_reach(key)
-    request[CALLER] = key
-
-
 def presented(request: web.Request) -> str | None:
     """Return the secret that a request presents (RFC 6750, section 2.1); None: it presents none, or several."""
-    headers = request.headers
-    if hdrs.AUTHORIZATION not in headers:
+    given = request.headers.getall(hdrs.AUTHORIZATION, ())
+    if len(given) != 1:
         return None
-    [given, *others] = headers.getall(hdrs.AUTHORIZATION)
-    scheme, _, secret = given.partition(" ")
-    return None if others or scheme.lower() != "bearer" else secret.strip(" ")
+    scheme, _, secret = given[0].partition(" ")
+    return secret.strip(" ") if scheme.lower() == "bearer" else None
 
 
 def permit_wallet(request: web.Request, name: str | None) -> None:

@@ -21,11 +21,9 @@ from app.settings import Settings
 from app.web import application, keys
 from app.web.application import make_app
 from tests.api.door import problem
-from tests.api.test_lanes import locked, proxy, through, until
+from tests.api.test_lanes import locked, through, until
 from tests.conftest import url_of
 from tests.proxy import Proxy
-
-__all__ = ["proxy"]  # a fixture
 
 SCOPES = ["read", "create", "deposit", "withdraw", "transfer", "hold", "admin", "metrics"]
 UNKNOWN = "wk_" + "x" * 43

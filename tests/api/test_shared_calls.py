@@ -48,6 +48,11 @@ create constraint trigger refuse after insert on wallet.operation deferrable ini
 CONSTRAINT = "alter table wallet.operation add constraint small check (wallet_uuid <> 'w' or amount < 100) not valid"
 
 
+def now() -> float:
+    """Return the time on the loop's clock."""
+    return asyncio.get_running_loop().time()
+
+
 @pytest.fixture(autouse=True)
 def patience() -> None:
     """Calls wait for locked wallets as long as they do in service, and no longer."""
@@ -331,7 +336,7 @@ async def test_the_siding_begins_by_turns_with_what_is_in_trouble_and_tries_alon
     siding = Siding(100, 10, trouble, Parties(1))
 
     def wait(wallet: str, *, atomic: bool = False) -> None:
-        siding._queue([Request(wallet, uuid4(), "DEPOSIT", 1)], siding.now() + 10, 0, atomic=atomic)
+        siding._queue([Request(wallet, uuid4(), "DEPOSIT", 1)], now() + 10, 0, atomic=atomic)
 
     def taken() -> list[str]:
         return [waiting.requests[0].wallet_uuid for waiting in siding._take()]
@@ -374,10 +379,10 @@ async def test_an_atomic_request_whose_wallet_stays_locked_is_told_that_it_was_n
 
 async def test_an_atomic_request_that_was_never_tried_is_not_applied(client: TestClient) -> None:
     siding = client.app[SIDING]
-    outcomes = await siding.apply_atomic([Request("w", A, "DEPOSIT", 1)] * 2, siding.now(), None)
+    outcomes = await siding.apply_atomic([Request("w", A, "DEPOSIT", 1)] * 2, now(), None)
     assert [outcome.sqlstate for outcome in outcomes] == ["55P03", "55P03"]
     noted(client.app[TROUBLE], ("w", "P0001"))
-    outcomes = await siding.apply_atomic([Request(one, A, "DEPOSIT", 1) for one in "vw"], siding.now(), None)
+    outcomes = await siding.apply_atomic([Request(one, A, "DEPOSIT", 1) for one in "vw"], now(), None)
     assert [outcome.sqlstate for outcome in outcomes] == ["P0001", "P0001"]
 
 
@@ -385,7 +390,7 @@ async def test_a_large_atomic_request_that_was_never_tried_is_told_in_no_time(cl
     siding = client.app[SIDING]
     requests = [Request(f"w{number}", uuid4(), "DEPOSIT", 1) for number in range(10_000)]
     began = time.monotonic()
-    outcomes = await siding.apply_atomic(requests, siding.now(), None)
+    outcomes = await siding.apply_atomic(requests, now(), None)
     assert time.monotonic() - began < 1
     assert {outcome.sqlstate for outcome in outcomes} == {"55P03"}
 
@@ -499,7 +504,7 @@ async def test_a_value_that_cannot_be_sent_is_refused_to_its_own_request(
         Request("w", uuid4(), "HOLD", 1, expires_at="tomorrow or so"),
     ):
         requests[-1] = spoilt
-        outcomes = await line.apply(requests, asyncio.get_running_loop().time() + 5)
+        outcomes = await line.apply(requests, now() + 5)
         *good, bad = [outcome.sqlstate for outcome in outcomes]
         assert good == [None] * (count - 1)
         assert bad is not None
