@@ -241,6 +241,7 @@ LOGGED = {
     "log_parameter_max_length_on_error": "-1",
     "debug_print_parse": "on",
     "debug_print_plan": "on",
+    "debug_pretty_print": "off",
 }
 """Everything that PostgreSQL can log of a statement."""
 LOGGED_BY = {
