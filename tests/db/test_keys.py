@@ -290,11 +290,11 @@ def test_the_secret_is_in_the_answer_and_nowhere_else(server: SimpleNamespace) -
     finally:
         postgres.stop()
 
-    log = postgres.log.read_text()
+    log = " ".join(postgres.log.read_text().split())  # a plan is broken into lines anywhere
     assert log.count("wallet.create_key") > len(secrets)
     assert "wk_" not in log.replace("'wk_'", "")
-    files = [postgres.log, *(path for path in postgres.data.rglob("*") if path.is_file())]
+    contents = [log.encode(), *(path.read_bytes() for path in postgres.data.rglob("*") if path.is_file())]
     for secret in secrets:
         plain = secret.encode()
         hidden = [plain, plain.hex().encode(), " ".join(map(str, plain)).encode()]
-        assert [path.name for path in files for form in hidden if form in path.read_bytes()] == []
+        assert not any(form in content for content in contents for form in hidden)
