@@ -432,14 +432,6 @@ as_root = pytest.mark.skipif(os.getuid() != 0, reason="only root runs PostgreSQL
 NOBODY = pwd.getpwnam("nobody").pw_uid
 
 
-@pytest.fixture
-def home(used_home: Path, tmp_path: Path) -> Path:
-    """A data folder that has been used, and is not in use."""
-    home = tmp_path / "data"
-    subprocess.run(["cp", "-a", used_home, home], check=True)
-    return home
-
-
 def pid_file(*lines: object) -> str:
     """Return a postmaster.pid that looks right: pid, data folder, start time, port, socket folder …"""
     rest = ["/proc/self/cwd", "1764000000", "5432", "/tmp/wallet-gone", "", "  1 1", "ready   "]
