@@ -127,7 +127,7 @@ OTHER_SESSIONS = """
     select count(*) from pg_stat_activity
     where datname = current_database() and backend_type = 'client backend' and pid <> pg_backend_pid()"""
 EMPTY = """
-    delete from wallet.hold; delete from wallet.operation; delete from wallet.wallet;
+    delete from wallet.key; delete from wallet.hold; delete from wallet.operation; delete from wallet.wallet;
     select setval(oid::regclass, 1, false) from pg_class
     where relnamespace = 'wallet'::regnamespace and relkind = 'S'"""
 SIZE = "select sum(pg_table_size(oid)) from pg_class where relnamespace = 'wallet'::regnamespace and relkind = 'r'"
