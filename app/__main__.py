@@ -1,4 +1,4 @@
-"""`python -m app` serves; `python -m app psql` opens psql on the service's database."""
+"""`python -m app` serves; `… psql` opens psql on the service's database; `… key` makes, lists and revokes keys."""
 
 import contextlib
 import os
@@ -11,7 +11,7 @@ import tempfile
 from app import database_url, settings
 from app.server import embedded
 
-USAGE = "usage: python -m app [psql [argument ...]]"
+USAGE = "usage: python -m app [psql [argument ...] | key {create,list,revoke} ...]"
 
 
 def main(arguments: list[str]) -> int:
@@ -23,6 +23,12 @@ def main(arguments: list[str]) -> int:
                 return 0
             case ["psql", *rest]:
                 return psql(settings.from_environment(), rest)
+            case ["key", *rest]:
+                from app import keys
+
+                asked = keys.parse(rest)
+                keys.run(asked, settings.from_environment())
+                return 0
             case ["-h" | "--help"]:
                 print(USAGE)
                 return 0
@@ -50,23 +56,15 @@ def serve(configured: settings.Settings) -> None:
 def psql(configured: settings.Settings, arguments: list[str]) -> int:
     """Run psql on the service's database, as the role that the service logs in as; `-U postgres` for the superuser."""
     from app.server.migrations import LOGIN
-    from app.server.supervisor import embedded_postgres, start_embedded
+    from app.server.supervisor import embedded_socket
 
     if configured.database_url is not None:
         program = shutil.which("psql") or str(embedded.BINARIES / "psql")
         url, password = database_url.without_password(configured.database_url)
         secret = {} if password is None else {"PGPASSWORD": password}  # everybody may read a command line
         return subprocess.call([program, "--dbname", url, *arguments], env=os.environ | secret)
-    embedded.forget_server(os.environ)
-    with contextlib.ExitStack() as stack:
-        running = embedded.running_server(configured.wallet_data_dir)
-        if running is None:
-            postgres = embedded_postgres(configured)
-            stack.callback(postgres.stop)
-            start_embedded(postgres, configured)
-            running = embedded.running_server(configured.wallet_data_dir)
-        assert running is not None
-        connection = {"PGHOST": running[1], "PGPORT": "5432", "PGUSER": LOGIN, "PGDATABASE": "wallet"}
+    with embedded_socket(configured) as socket_dir:
+        connection = {"PGHOST": socket_dir, "PGPORT": "5432", "PGUSER": LOGIN, "PGDATABASE": "wallet"}
         signal.signal(signal.SIGINT, lambda *_: None)  # a Ctrl-C is for psql
         return subprocess.call([embedded.BINARIES / "psql", *arguments], env=os.environ | connection)
 

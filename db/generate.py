@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 DB = Path(__file__).resolve().parent
 MIGRATIONS = DB / "migrations"
+ROLES = ("wallet_app", "wallet_reader", "wallet_admin")
+"""Whom anything is granted to."""
 
 FUNCTION = re.compile(
     r"(?:^--[^\n]*\n)*^create or replace function wallet\.(?P<name>\w+)\(.*?"
@@ -75,6 +77,7 @@ def _section(before: State, after: State, written: str) -> list[str]:
         for name, one in before.functions.items()
         if name not in after.functions or after.functions[name].signature != one.signature
     ]
+    roles = ", ".join(role for role in ROLES if role in before.grants + after.grants)
     changed = [one.source for name, one in sorted(after.functions.items()) if before.functions.get(name) != one]
     return [
         "set local search_path = pg_catalog, pg_temp;",
@@ -85,8 +88,8 @@ def _section(before: State, after: State, written: str) -> list[str]:
         *[""][: len(dropped)],
         *[f"{source}\n" for source in changed],
         "grant all on all tables in schema wallet to wallet_owner;",
-        "revoke all on all tables in schema wallet from wallet_app, wallet_reader;",
-        "revoke all on all functions in schema wallet from wallet_app, wallet_reader;",
+        f"revoke all on all tables in schema wallet from {roles};",
+        f"revoke all on all functions in schema wallet from {roles};",
         "",
         after.grants,
         "",

@@ -1004,7 +1004,7 @@ CREATE FUNCTION wallet.contract_version() RETURNS integer
     LANGUAGE sql IMMUTABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
-  select 4
+  select 5
 $$;
 
 
@@ -1013,6 +1013,59 @@ $$;
 --
 
 COMMENT ON FUNCTION wallet.contract_version() IS 'Returns the version of the contract that these functions keep: it grows with each migration that callers could notice. A caller that needs version N works with any that is not below N. Commit b046021 had no such function; it counts as 1.';
+
+
+--
+-- Name: create_key(text, text[], text, timestamp with time zone); Type: FUNCTION; Schema: wallet; Owner: -
+--
+
+CREATE FUNCTION wallet.create_key(p_name text, p_scopes text[], p_wallet_prefix text DEFAULT NULL::text, p_expires_at timestamp with time zone DEFAULT NULL::timestamp with time zone) RETURNS text
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_fault text := coalesce(
+    replace(wallet.name_fault(p_name), 'wallet_uuid', 'name'),
+    case when p_wallet_prefix is not null then replace(wallet.name_fault(p_wallet_prefix), 'wallet_uuid', 'wallet_prefix') end
+  );
+  v_secret text;
+  v_digest bytea;
+begin
+  if current_setting('transaction_isolation') not in ('read committed', 'read uncommitted') then
+    perform wallet.raise_isolation_level();
+  elsif v_fault is not null then
+    raise sqlstate 'WA400' using message = v_fault;
+  elsif array_ndims(p_scopes) is distinct from 1 or array_position(p_scopes, null) is not null
+    or not p_scopes <@ array['read', 'create', 'deposit', 'withdraw', 'transfer', 'hold', 'admin', 'metrics']
+    then
+    raise sqlstate 'WA400' using message = 'scopes must be one or more of read, create, deposit, withdraw, transfer, hold, admin and metrics';
+  elsif p_expires_at < '0001-01-01 00:00:00+00' or p_expires_at >= '10000-01-01 00:00:00+00' then
+    raise sqlstate 'WA400' using message = 'expires_at must be in the years 1 to 9999';
+  end if;
+
+  -- 122 random bits in each UUID (RFC 9562, section 5.4), 256 in the hash; base64url without padding (RFC 4648, section 5).
+  v_secret := encode(sha256(uuid_send(gen_random_uuid()) || uuid_send(gen_random_uuid()) || uuid_send(gen_random_uuid())), 'base64');
+  v_secret := 'wk_' || translate(v_secret, '+/=', '-_');
+  v_digest := sha256(convert_to(v_secret, 'UTF8'));
+
+  insert into wallet.key (name, digest, scopes, wallet_prefix, expires_at)
+  values (p_name, v_digest, array(select distinct s.scope collate "C" from unnest(p_scopes) as s (scope) order by 1), p_wallet_prefix, p_expires_at)
+  on conflict do nothing;
+
+  if not found then
+    raise sqlstate 'WA420' using message = wallet.fault_message('WA420');
+  end if;
+
+  return v_secret;
+end
+$$;
+
+
+--
+-- Name: FUNCTION create_key(p_name text, p_scopes text[], p_wallet_prefix text, p_expires_at timestamp with time zone); Type: COMMENT; Schema: wallet; Owner: -
+--
+
+COMMENT ON FUNCTION wallet.create_key(p_name text, p_scopes text[], p_wallet_prefix text, p_expires_at timestamp with time zone) IS 'Makes a key for REST callers and returns its secret, which is stored nowhere and never shown again: wk_ and 43 characters of A-Z, a-z, 0-9, _ and -. p_name: 1 to 64 characters of A-Z, a-z, 0-9, _ and -; it stays taken for good. p_scopes: one or more of read, create, deposit, withdraw, transfer, hold, admin and metrics. p_wallet_prefix: the key reaches only wallets whose names begin so, byte for byte; null for all. p_expires_at: from when on it is refused, by the database''s clock; null for never. One that is past makes a key that is refused. Raises WA400 (bad name, scopes, prefix or expiry), WA420 (the key exists, perhaps revoked or expired), 0A000 (another isolation level than read committed).';
 
 
 --
@@ -1245,6 +1298,8 @@ CREATE FUNCTION wallet.fault_message(p_sqlstate text) RETURNS text
     when 'WA416' then 'Balance out of range'
     when 'WA417' then 'Wallet is not empty'
     when 'WA419' then 'Wallet already exists'
+    when 'WA420' then 'Key already exists'
+    when 'WA421' then 'Key not found'
     when 'WA422' then 'Currencies differ'
     when 'WA424' then 'Hold not found'
     when 'WA425' then 'Another operation of the request was refused'
@@ -1483,6 +1538,27 @@ COMMENT ON FUNCTION wallet.list_holds(p_wallet_uuid text, p_after_seq bigint, p_
 
 
 --
+-- Name: list_keys(); Type: FUNCTION; Schema: wallet; Owner: -
+--
+
+CREATE FUNCTION wallet.list_keys() RETURNS TABLE(name text, scopes text[], wallet_prefix text, created_at timestamp with time zone, expires_at timestamp with time zone, revoked_at timestamp with time zone)
+    LANGUAGE sql STABLE SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+  select k.name, k.scopes, k.wallet_prefix, k.created_at, k.expires_at, k.revoked_at
+  from wallet.key as k
+  order by k.name
+$$;
+
+
+--
+-- Name: FUNCTION list_keys(); Type: COMMENT; Schema: wallet; Owner: -
+--
+
+COMMENT ON FUNCTION wallet.list_keys() IS 'Returns all keys, revoked and expired ones too, in the order of name byte for byte; no secrets and no digests. wallet_prefix null: all wallets; expires_at null: never; revoked_at null: not revoked.';
+
+
+--
 -- Name: list_operations(text, bigint, integer, timestamp with time zone, timestamp with time zone); Type: FUNCTION; Schema: wallet; Owner: -
 --
 
@@ -1564,6 +1640,28 @@ $$;
 --
 
 COMMENT ON FUNCTION wallet.list_wallets(p_after text, p_limit integer, p_prefix text) IS 'Returns wallets as rows of wallet.balance, in the order of uuid byte for byte: at most p_limit (1 to 1000), with a uuid after p_after (which need not exist; null: from the first) that begins with p_prefix (null or empty: any). The next page starts after the last row''s uuid; after a page with fewer than p_limit rows there is none. Raises WA400 (bad name or prefix, limit out of range).';
+
+
+--
+-- Name: live_keys(); Type: FUNCTION; Schema: wallet; Owner: -
+--
+
+CREATE FUNCTION wallet.live_keys() RETURNS TABLE(name text, digest bytea, scopes text[], wallet_prefix text, expires_at timestamp with time zone)
+    LANGUAGE sql STABLE SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+  select k.name, k.digest, k.scopes, k.wallet_prefix, k.expires_at
+  from wallet.key as k
+  where k.revoked_at is null and (k.expires_at > clock_timestamp()) is not false
+  order by k.name
+$$;
+
+
+--
+-- Name: FUNCTION live_keys(); Type: COMMENT; Schema: wallet; Owner: -
+--
+
+COMMENT ON FUNCTION wallet.live_keys() IS 'Returns the keys that are neither revoked nor, by the database''s clock, expired, for services that check them. digest: SHA-256 of the secret''s text, 32 octets. wallet_prefix null: all wallets; expires_at null: never.';
 
 
 --
@@ -1710,7 +1808,7 @@ CREATE FUNCTION wallet.raise_isolation_level() RETURNS void
     AS $$
 begin
   raise feature_not_supported using
-    message = format('wallets cannot be changed under isolation level %s', current_setting('transaction_isolation')),
+    message = format('wallets and keys cannot be changed under isolation level %s', current_setting('transaction_isolation')),
     hint = 'Use read committed: an older snapshot would be taken for the state.';
 end
 $$;
@@ -1720,7 +1818,7 @@ $$;
 -- Name: FUNCTION raise_isolation_level(); Type: COMMENT; Schema: wallet; Owner: -
 --
 
-COMMENT ON FUNCTION wallet.raise_isolation_level() IS 'Internal: says why a function that changes wallets refuses the transaction''s isolation level. Raises 0A000, always.';
+COMMENT ON FUNCTION wallet.raise_isolation_level() IS 'Internal: says why a function that changes something refuses the transaction''s isolation level. Raises 0A000, always.';
 
 
 --
@@ -1832,6 +1930,44 @@ $$;
 --
 
 COMMENT ON FUNCTION wallet.record_expiries(p_wallet_uuid text, p_moment timestamp with time zone, p_limit integer) IS 'Internal: records an EXPIRE for each hold of a locked wallet that is due at a moment (the first p_limit of them; null: all) and returns how many.';
+
+
+--
+-- Name: revoke_key(text); Type: FUNCTION; Schema: wallet; Owner: -
+--
+
+CREATE FUNCTION wallet.revoke_key(p_name text) RETURNS TABLE(name text, scopes text[], wallet_prefix text, created_at timestamp with time zone, expires_at timestamp with time zone, revoked_at timestamp with time zone)
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  if current_setting('transaction_isolation') not in ('read committed', 'read uncommitted') then
+    perform wallet.raise_isolation_level();
+  elsif wallet.name_fault(p_name) is not null then
+    raise sqlstate 'WA400' using message = replace(wallet.name_fault(p_name), 'wallet_uuid', 'name');
+  end if;
+
+  update wallet.key as k
+  set revoked_at = clock_timestamp()
+  where k.name = p_name and k.revoked_at is null;
+
+  return query
+  select k.name, k.scopes, k.wallet_prefix, k.created_at, k.expires_at, k.revoked_at
+  from wallet.key as k
+  where k.name = p_name;
+
+  if not found then
+    raise sqlstate 'WA421' using message = wallet.fault_message('WA421');
+  end if;
+end
+$$;
+
+
+--
+-- Name: FUNCTION revoke_key(p_name text); Type: COMMENT; Schema: wallet; Owner: -
+--
+
+COMMENT ON FUNCTION wallet.revoke_key(p_name text) IS 'Revokes a key for good and returns it as list_keys does; again: the same row. Services refuse it within 5 seconds of the commit. Raises WA400 (null or bad name), WA421 (no such key), 0A000 (another isolation level than read committed).';
 
 
 --
@@ -2192,6 +2328,79 @@ CREATE TABLE public.schema_migrations (
 
 
 --
+-- Name: key; Type: TABLE; Schema: wallet; Owner: -
+--
+
+CREATE TABLE wallet.key (
+    name text NOT NULL COLLATE pg_catalog."C",
+    digest bytea NOT NULL,
+    scopes text[] NOT NULL COLLATE pg_catalog."C",
+    wallet_prefix text COLLATE pg_catalog."C",
+    created_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
+    expires_at timestamp with time zone,
+    revoked_at timestamp with time zone,
+    CONSTRAINT key_digest_check CHECK ((octet_length(digest) = 32)),
+    CONSTRAINT key_name_check CHECK (((octet_length(name) >= 1) AND (octet_length(name) <= 64)))
+);
+
+
+--
+-- Name: TABLE key; Type: COMMENT; Schema: wallet; Owner: -
+--
+
+COMMENT ON TABLE wallet.key IS 'What REST callers show to be let in: one row per key, revoked and expired ones too. The secret is not here.';
+
+
+--
+-- Name: COLUMN key.name; Type: COMMENT; Schema: wallet; Owner: -
+--
+
+COMMENT ON COLUMN wallet.key.name IS 'What logs call it: 1 to 64 characters of A-Z, a-z, 0-9, _ and -.';
+
+
+--
+-- Name: COLUMN key.digest; Type: COMMENT; Schema: wallet; Owner: -
+--
+
+COMMENT ON COLUMN wallet.key.digest IS 'SHA-256 of the secret''s text in UTF-8. The secret has 256 random bits, so nobody finds it from here.';
+
+
+--
+-- Name: COLUMN key.scopes; Type: COMMENT; Schema: wallet; Owner: -
+--
+
+COMMENT ON COLUMN wallet.key.scopes IS 'What it may do: one or more of admin, create, deposit, hold, metrics, read, transfer and withdraw, in this order.';
+
+
+--
+-- Name: COLUMN key.wallet_prefix; Type: COMMENT; Schema: wallet; Owner: -
+--
+
+COMMENT ON COLUMN wallet.key.wallet_prefix IS 'It reaches only wallets whose names begin so, byte for byte; null: all.';
+
+
+--
+-- Name: COLUMN key.created_at; Type: COMMENT; Schema: wallet; Owner: -
+--
+
+COMMENT ON COLUMN wallet.key.created_at IS 'When it was made.';
+
+
+--
+-- Name: COLUMN key.expires_at; Type: COMMENT; Schema: wallet; Owner: -
+--
+
+COMMENT ON COLUMN wallet.key.expires_at IS 'From when on it is refused, by the database''s clock; null: never.';
+
+
+--
+-- Name: COLUMN key.revoked_at; Type: COMMENT; Schema: wallet; Owner: -
+--
+
+COMMENT ON COLUMN wallet.key.revoked_at IS 'When it was revoked; null: it was not.';
+
+
+--
 -- Name: wallet_id_seq; Type: SEQUENCE; Schema: wallet; Owner: -
 --
 
@@ -2219,6 +2428,14 @@ ALTER TABLE ONLY public.schema_migrations
 
 ALTER TABLE ONLY wallet.hold
     ADD CONSTRAINT hold_pkey PRIMARY KEY (hold_uuid, wallet_uuid);
+
+
+--
+-- Name: key key_pkey; Type: CONSTRAINT; Schema: wallet; Owner: -
+--
+
+ALTER TABLE ONLY wallet.key
+    ADD CONSTRAINT key_pkey PRIMARY KEY (name);
 
 
 --
@@ -2292,4 +2509,6 @@ INSERT INTO public.schema_migrations (version) VALUES
     ('20261129100002'),
     ('20261129100003'),
     ('20261129100004'),
-    ('20261130052130');
+    ('20261130000001'),
+    ('20261130000002'),
+    ('20261130000003');

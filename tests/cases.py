@@ -20,6 +20,8 @@ MESSAGES = {
     "WA416": "Balance out of range",
     "WA417": "Wallet is not empty",
     "WA419": "Wallet already exists",
+    "WA420": "Key already exists",
+    "WA421": "Key not found",
     "WA422": "Currencies differ",
     "WA424": "Hold not found",
     "WA425": "Another operation of the request was refused",

@@ -1,10 +1,12 @@
-"""A real PostgreSQL for every test: one server a worker, one migrated database a test, cloned from a template."""
+"""A real PostgreSQL for every test: one server a worker, one migrated, empty database a test."""
 
 import fcntl
+import gc
 import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
@@ -34,6 +36,18 @@ if MEMORY.is_dir() and os.access(MEMORY, os.W_OK | os.X_OK) and shutil.disk_usag
 
 
 @pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Keep the tests' bytecode, which takes each worker seconds to make, and the garbage collector off the tests."""
+    sys.dont_write_bytecode = False
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+@pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
     """Run a test that is marked `alone` while no other worker runs one, because it looks at the clock.
 
@@ -42,12 +56,18 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
     if "PYTEST_XDIST_WORKER" not in os.environ:
         return (yield)
     alone = item.get_closest_marker("alone") is not None
-    folder = item.config._tmp_path_factory.getbasetemp().parent
+    folder = run_folder(item.config._tmp_path_factory)
     with (folder / "queue").open("w") as queue, (folder / "room").open("w") as room:
         fcntl.flock(queue, fcntl.LOCK_EX)
         fcntl.flock(room, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
         fcntl.flock(queue, fcntl.LOCK_UN)
         return (yield)
+
+
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of this run, which its workers share."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
 
 
 Clone = Callable[[], AbstractContextManager[psycopg.Connection]]
@@ -74,6 +94,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace
         connection.execute(f"create role {LOGIN} login in role wallet_app")
         connection.execute("create role wallet_reader")
         connection.execute("create role report login in role wallet_reader")
+        connection.execute("create role wallet_admin in role wallet_app")
+        connection.execute("create role keeper login in role wallet_admin")
     yield SimpleNamespace(
         host=str(postgres.socket_dir),
         port=5432,
@@ -94,39 +116,102 @@ def migrate(host: str, user: str, dbname: str, **_: object) -> None:
 postgresql_noproc = factories.postgresql_noproc(depends_on="server", load=[migrate])
 
 
+CATALOGUES = """
+    select string_agg(format('select %L, count(*), max(xmin::text::bigint) from %I', relname, relname), ' union all ')
+    from pg_class where relnamespace = 'pg_catalog'::regnamespace and relkind = 'r' and not relisshared"""
+"""What asks for the number of rows of each catalogue, and the last transaction that wrote one."""
+SETTINGS_OF_DATABASE = """
+    select datconnlimit, datacl, (select count(*) from pg_db_role_setting where setdatabase = pg_database.oid)
+    from pg_database where datname = current_database()"""
+OTHER_SESSIONS = """
+    select count(*) from pg_stat_activity
+    where datname = current_database() and backend_type = 'client backend' and pid <> pg_backend_pid()"""
+EMPTY = """
+    delete from wallet.key; delete from wallet.hold; delete from wallet.operation; delete from wallet.wallet;
+    select setval(oid::regclass, 1, false) from pg_class
+    where relnamespace = 'wallet'::regnamespace and relkind = 'S'"""
+SIZE = "select sum(pg_table_size(oid)) from pg_class where relnamespace = 'wallet'::regnamespace and relkind = 'r'"
+LARGE = 500_000
+"""Bytes of the tables, dead rows too, from which a database is not used again."""
+
+
 @pytest.fixture(scope="session")
 def clone(postgresql_noproc: NoopExecutor) -> Iterator[Clone]:
-    """Give a superuser's connection to a migrated, empty database, which is dropped afterwards.
+    """Give a superuser's connection to a migrated, empty database.
 
-    One session makes and drops them all: pytest-postgresql opens two for each, which costs as much as the database.
+    To make and to drop one costs 0.1 s. It is used again if nothing was changed in it but rows of its tables, and
+    nobody else is connected; else it is dropped.
     """
     host, user = postgresql_noproc.host, postgresql_noproc.user
-    with psycopg.connect(connection_url(host, user, "postgres"), autocommit=True) as maintenance:
+    spare: list[psycopg.Connection] = []
+    new: list[object] = []
+
+    def connect(name: str) -> psycopg.Connection:
+        return psycopg.connect(connection_url(host, user, name), autocommit=True)
+
+    def state(connection: psycopg.Connection) -> list[object]:
+        [[catalogues]] = connection.execute(CATALOGUES).fetchall()
+        return [*sorted(connection.execute(catalogues)), *connection.execute(SETTINGS_OF_DATABASE)]
+
+    def is_left(connection: psycopg.Connection) -> bool:
+        for _ in range(20):  # a session that was closed takes a moment to end
+            if connection.execute(OTHER_SESSIONS).fetchone() == (0,):
+                return True
+            time.sleep(0.005)
+        return False
+
+    with connect("postgres") as maintenance:
 
         @contextmanager
         def clone() -> Iterator[psycopg.Connection]:
-            name = f"test_{uuid4().hex}"
-            maintenance.execute(f"create database {name} template {postgresql_noproc.template_dbname}")
-            with closing(psycopg.connect(connection_url(host, user, name), autocommit=True)) as connection:
+            if spare:
+                connection = spare.pop()
+            else:
+                name = f"test_{uuid4().hex}"
+                maintenance.execute(f"create database {name} template {postgresql_noproc.template_dbname}")
+                connection = connect(name)
+                if not new:
+                    new[:] = state(connection)
+            name = connection.info.dbname
+            with closing(connection):
                 yield connection
-            maintenance.execute(f"drop database {name} with (force)")
+            connection = connect(name)
+            [size] = connection.execute(SIZE).fetchone() or [0]
+            if is_left(connection) and size < LARGE and state(connection) == new:
+                connection.execute(EMPTY)
+                spare.append(connection)
+            else:
+                connection.close()
+                maintenance.execute(f"drop database {name} with (force)")
 
         yield clone
+        for connection in spare:
+            connection.close()
 
 
 def environment_with(**settings: str) -> dict[str, str]:
-    """Return the environment of a service; the tests' own server does not flush."""
-    kept = {name: value for name, value in os.environ.items() if name not in SETTINGS}
-    return {**kept, "ALLOW_FSYNC_OFF": "true", **settings}
+    """Return the environment of a service; the tests' own server does not flush.
+
+    A service is started some 200 times: it keeps its bytecode, and aiohttp loads no certificates, which takes 0.1 s.
+    """
+    kept = {name: value for name, value in os.environ.items() if name not in (*SETTINGS, "PYTHONDONTWRITEBYTECODE")}
+    return {**kept, "ALLOW_FSYNC_OFF": "true", "SSL_CERT_FILE": os.devnull, **settings}
 
 
 @pytest.fixture(scope="session")
 def used_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data folder of the embedded mode that has been used once, for tests to copy."""
-    home = tmp_path_factory.mktemp("used") / "data"
+    folder = run_folder(tmp_path_factory)
+    home, new = folder / "used", folder / "used.new"
     query = [sys.executable, "-m", "app", "psql", "-X", "-c", "select 1"]
-    environment = environment_with(WALLET_DATA_DIR=str(home))
-    subprocess.run(query, cwd=CHECKOUT, env=environment, stdin=subprocess.DEVNULL, check=True, stdout=subprocess.PIPE)
+    environment = environment_with(WALLET_DATA_DIR=str(new))
+    with (folder / "used.lock").open("w") as lock:  # the first worker makes it, for all
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not home.exists():
+            subprocess.run(
+                query, cwd=CHECKOUT, env=environment, stdin=subprocess.DEVNULL, check=True, capture_output=True
+            )
+            new.rename(home)
     return home
 
 
@@ -159,7 +244,7 @@ def shared_service(shared_superuser: psycopg.Connection) -> Iterator[psycopg.Con
 @pytest.fixture
 def emptied(shared_superuser: psycopg.Connection) -> None:
     """Empty the shared database: cheaper than a new one, where a test leaves nothing but wallets and operations."""
-    shared_superuser.execute("truncate wallet.wallet, wallet.operation, wallet.hold restart identity")
+    shared_superuser.execute(EMPTY)
 
 
 @pytest.fixture
@@ -172,6 +257,13 @@ def database_url(superuser: psycopg.Connection) -> str:
 def service(database_url: str) -> Iterator[psycopg.Connection]:
     """A connection of a login that is only a member of wallet_app."""
     with psycopg.connect(database_url, autocommit=True) as connection:
+        yield connection
+
+
+@pytest.fixture
+def admin(superuser: psycopg.Connection) -> Iterator[psycopg.Connection]:
+    """A connection of a login that is only a member of wallet_admin."""
+    with psycopg.connect(url_of(superuser, "keeper"), autocommit=True) as connection:
         yield connection
 
 

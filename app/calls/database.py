@@ -21,7 +21,7 @@ from app.calls.refusals import NO_ANSWER, Refusal
 from app.metrics import POOL_IN_USE
 from app.settings import Settings
 
-CONTRACT = 4
+CONTRACT = 5
 """The least wallet.contract_version() that this service works with."""
 
 OPERATION = as_json(Operation)

@@ -22,9 +22,22 @@ def sessions(settings: Settings) -> int:
 
 async def check(settings: Settings) -> None:
     """See that a database can serve this service and these settings. Raises StartupError, one line."""
+    connection = await reach(settings)
+    try:
+        async with asyncio.timeout(TIMEOUT):
+            await _see(connection, settings)
+    except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+        reason = " ".join(str(error).split()) or f"no answer within {TIMEOUT:g} seconds"
+        raise StartupError(f"cannot use the database: {reason}") from None
+    finally:
+        connection.terminate()
+
+
+async def reach(settings: Settings) -> Any:
+    """Connect to the database. Raises StartupError, one line."""
     assert settings.database_url is not None
     try:
-        connection = await connect(settings.database_url, settings.request_deadline)
+        return await connect(settings.database_url, settings.request_deadline)
     except TimeoutError:
         raise StartupError(f"cannot reach the database: no answer within {CONNECT_TIMEOUT:g} seconds") from None
     except asyncpg.TargetServerAttributeNotMatched:
@@ -35,14 +48,6 @@ async def check(settings: Settings) -> None:
         raise StartupError(
             "cannot reach the database: DATABASE_URL is no URI; are special characters in its password percent-encoded?"
         ) from None
-    try:
-        async with asyncio.timeout(TIMEOUT):
-            await _see(connection, settings)
-    except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
-        reason = " ".join(str(error).split()) or f"no answer within {TIMEOUT:g} seconds"
-        raise StartupError(f"cannot use the database: {reason}") from None
-    finally:
-        connection.terminate()
 
 
 async def _see(connection: Any, settings: Settings) -> None:

@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Iterator
 from multiprocessing.process import BaseProcess
 
 import msgspec
@@ -20,7 +21,7 @@ from prometheus_client.multiprocess import mark_process_dead
 
 from app import logs
 from app.server import preconditions
-from app.server.embedded import Postgres, die_with_parent, forget_server
+from app.server.embedded import Postgres, die_with_parent, forget_server, running_server
 from app.server.migrations import LOGIN, bring_up_to_date
 from app.server.preconditions import sessions
 from app.settings import Settings, StartupError
@@ -98,6 +99,24 @@ def start_embedded(postgres: Postgres, settings: Settings) -> Settings:
     postgres.start()
     asyncio.run(bring_up_to_date(postgres))
     return msgspec.structs.replace(settings, database_url=postgres.url(LOGIN))
+
+
+@contextlib.contextmanager
+def embedded_socket(settings: Settings) -> Iterator[str]:
+    """Give the folder of the embedded database's socket; where it doesn't run, it does for that long.
+
+    Raises StartupError.
+    """
+    forget_server(os.environ)
+    with contextlib.ExitStack() as stack:
+        running = running_server(settings.wallet_data_dir)
+        if running is None:
+            postgres = embedded_postgres(settings)
+            stack.callback(postgres.stop)
+            start_embedded(postgres, settings)
+            yield str(postgres.socket_dir)
+        else:
+            yield running[1]
 
 
 def announce(settings: Settings, listening: socket.socket, postgres: Postgres | None) -> None:

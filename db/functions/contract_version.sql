@@ -3,7 +3,7 @@ returns int
 language sql immutable security definer
 set search_path = pg_catalog, pg_temp
 as $$
-  select 4
+  select 5
 $$;
 
 comment on function wallet.contract_version() is

@@ -13,6 +13,8 @@ as $$
     when 'WA416' then 'Balance out of range'
     when 'WA417' then 'Wallet is not empty'
     when 'WA419' then 'Wallet already exists'
+    when 'WA420' then 'Key already exists'
+    when 'WA421' then 'Key not found'
     when 'WA422' then 'Currencies differ'
     when 'WA424' then 'Hold not found'
     when 'WA425' then 'Another operation of the request was refused'

@@ -1,6 +1,8 @@
 """What the tests over HTTP share."""
 
+import subprocess
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import psycopg
 import pytest
@@ -19,6 +21,14 @@ def patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let calls wait for locked wallets past their deadline: most tests lock a wallet to keep a lane busy."""
     monkeypatch.setattr(line, "LOCK_SHARE", 1000)
     monkeypatch.setattr(line, "LOCK_TIMEOUT", 3600)
+
+
+@pytest.fixture
+def home(used_home: Path, tmp_path: Path) -> Path:
+    """A data folder that has been used, and is not in use."""
+    home = tmp_path / "data"
+    subprocess.run(["cp", "-a", used_home, home], check=True)
+    return home
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

@@ -225,11 +225,15 @@ def compressed(pieces: Iterable[bytes]) -> Iterator[bytes]:
     yield packer.flush()
 
 
+@pytest.fixture(scope="module")
+def bomb() -> bytes:
+    """510 KB that are 500 MB: to inflate them takes seconds, and to deflate them too."""
+    return b"".join(compressed(b" " * MIB for _ in range(500)))
+
+
 @pytest.mark.parametrize("path", ["/healthz", BULK, "/nowhere"])
-def test_nobody_waits_for_a_body_to_be_inflated(start: Start, path: str) -> None:
-    """510 KB that are 500 MB: to inflate them takes seconds."""
+def test_nobody_waits_for_a_body_to_be_inflated(start: Start, bomb: bytes, path: str) -> None:
     service = start()
-    bomb = b"".join(compressed(b" " * MIB for _ in range(500)))
     method = "GET" if path == "/healthz" else "POST"
     with connect(service) as client:
         fields = ("Content-Encoding: gzip", f"Content-Length: {len(bomb)}")

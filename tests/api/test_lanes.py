@@ -29,7 +29,7 @@ from app.calls.lane import Lane
 from app.calls.line import Line, Outcome, Request
 from app.calls.trouble import Trouble
 from app.server.embedded import Postgres, connection_url
-from app.server.migrations import LOGIN, bring_up_to_date
+from app.server.migrations import LOGIN
 from app.settings import Settings
 from app.web.application import make_app
 from tests.api.door import MAX, apply, balance, create, deposit, history, hold, path, problem, put, withdraw
@@ -386,12 +386,11 @@ async def test_a_cancelled_call_hides_no_duplicate(client: TestClient, superuser
 
 
 @pytest.fixture
-async def own_postgres(tmp_path: Path) -> AsyncIterator[Postgres]:
+async def own_postgres(home: Path) -> AsyncIterator[Postgres]:
     """A server of this test's own, migrated, with the demonstration wallets."""
-    postgres = Postgres(tmp_path / "data", "fsync=off")
+    postgres = Postgres(home, "fsync=off")
     postgres.start()
     try:
-        await asyncio.to_thread(asyncio.run, bring_up_to_date(postgres))
         yield postgres
     finally:
         postgres.stop()

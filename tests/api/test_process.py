@@ -432,14 +432,6 @@ as_root = pytest.mark.skipif(os.getuid() != 0, reason="only root runs PostgreSQL
 NOBODY = pwd.getpwnam("nobody").pw_uid
 
 
-@pytest.fixture
-def home(used_home: Path, tmp_path: Path) -> Path:
-    """A data folder that has been used, and is not in use."""
-    home = tmp_path / "data"
-    subprocess.run(["cp", "-a", used_home, home], check=True)
-    return home
-
-
 def pid_file(*lines: object) -> str:
     """Return a postmaster.pid that looks right: pid, data folder, start time, port, socket folder …"""
     rest = ["/proc/self/cwd", "1764000000", "5432", "/tmp/wallet-gone", "", "  1 1", "ready   "]
@@ -630,20 +622,31 @@ ANOTHER_SERVER = {
 }
 
 
+@pytest.fixture(scope="module")
+def beset(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """A service whose first start, with its initdb and its migrations, saw all of them."""
+    folder = tmp_path_factory.mktemp("beset")
+    service = Service(folder / "data", folder / "output", **ANOTHER_SERVER)
+    try:
+        wait_until(service.is_up)
+        yield service
+    finally:
+        service.process.terminate()
+        service.process.wait(30)
+
+
 @pytest.mark.parametrize("variable", [*ANOTHER_SERVER, None])
-def test_the_embedded_server_and_its_programs_see_no_other_server(start: Start, variable: str | None) -> None:
-    """A first start, with its initdb and its migrations, sees all of them at once."""
+def test_the_embedded_server_and_its_programs_see_no_other_server(beset: Service, variable: str | None) -> None:
     settings = ANOTHER_SERVER if variable is None else {variable: ANOTHER_SERVER[variable]}
-    service = start(new=variable is None, **settings)
-    service.deposit("1111111111", 5)
-    for pid in (service.postgres(), *service.workers()):
-        if pid in service.workers():  # forked: what it was started with is not what it has
+    beset.deposit("1111111111", 5)
+    for pid in (beset.postgres(), *beset.workers()):
+        if pid in beset.workers():  # forked: what it was started with is not what it has
             continue
         environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
         assert not [entry for entry in environment if entry.startswith(b"PG")]
     query = ["psql", "-X", "-A", "-t", "-c", "select current_database(), current_user, current_setting('search_path')"]
 
-    ran = run(*query, WALLET_DATA_DIR=str(service.home), **settings)
+    ran = run(*query, WALLET_DATA_DIR=str(beset.home), **settings)
 
     assert (ran.returncode, ran.stderr) == (0, "")
     assert ran.stdout == 'wallet|wallet_service|"$user", public\n'

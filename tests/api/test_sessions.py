@@ -246,7 +246,7 @@ async def test_a_start_on_a_read_only_server_is_one_clear_line(
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize(("version", "starts"), [(3, False), (4, True), (99, True)])
+@pytest.mark.parametrize(("version", "starts"), [(4, False), (5, True), (99, True)])
 async def test_a_start_wants_a_contract_that_is_new_enough(
     version: int, starts: bool, database_url: str, superuser: psycopg.Connection
 ) -> None:

@@ -44,7 +44,10 @@ CATALOGUE = {
         from pg_proc where pronamespace = 'wallet'::regnamespace order by 1""",
     "tables": """
         select oid::regclass::text, relkind::text, reloptions, pg_get_userbyid(relowner)::text,
-          array(select regexp_replace(unnest(relacl)::text, '=([a-zA-Z]*)m', '=\\1') order by 1), -- 17 added MAINTAIN
+          array(
+            select regexp_replace(unnest(coalesce(relacl, acldefault('r', relowner)))::text, '=([a-zA-Z]*)m', '=\\1')
+            order by 1
+          ), -- 17 added MAINTAIN
           obj_description(oid, 'pg_class')
         from pg_class where relnamespace = 'wallet'::regnamespace order by 1""",
     "columns": """
@@ -133,6 +136,7 @@ def test_a_user_with_createrole_migrates_whether_the_roles_exist_or_not(empty_da
         without_roles = catalogue(connection)
         roles = "select rolname, rolcanlogin or rolsuper from pg_roles where rolname like 'wallet\\_%' order by 1"
         assert connection.execute(roles).fetchall() == [
+            ("wallet_admin", False),
             ("wallet_app", False),
             ("wallet_owner", False),
             ("wallet_reader", False),
@@ -150,6 +154,7 @@ def test_a_user_without_createrole_migrates_once_the_roles_are_there(
         admin.execute("create role wallet_owner role deployer")
         admin.execute("create role wallet_app")
         admin.execute("create role wallet_reader")
+        admin.execute("create role wallet_admin in role wallet_app")
         admin.execute("alter role deployer nocreaterole")
         try:
             dbmate(url, "migrate")
@@ -509,7 +514,7 @@ def test_a_ledger_from_before_holds_is_migrated_with_its_money(
 
         dbmate(url, "migrate")
         assert money(connection) == before
-        assert call(connection, "contract_version")[0].contract_version == 4
+        assert call(connection, "contract_version")[0].contract_version == 5
         assert call(connection, "verify") == []
         for _ in MIGRATIONS[len(BEFORE_HOLDS) :]:
             dbmate(url, "rollback")
@@ -531,7 +536,8 @@ def test_a_ledger_with_holds_is_not_rolled_back(ended: bool, empty_database: Cal
         if ended:
             apply(connection, release("w", A, X))
         before = money(connection)
-        dbmate(url, "rollback")
+        for _ in [path for path in MIGRATIONS if path.stem > "20261129100004"]:
+            dbmate(url, "rollback")
         with pytest.raises(subprocess.CalledProcessError) as refused:
             dbmate(url, "rollback")
         assert "refused: the ledger has holds" in refused.value.stderr.decode()
@@ -558,7 +564,7 @@ def test_a_migration_lets_readers_go_on_while_it_waits_for_the_view(empty_databa
             long.rollback()
             migrating.result()
         assert slowest < 1
-        assert call(connection, "contract_version")[0].contract_version == 4
+        assert call(connection, "contract_version")[0].contract_version == 5
 
 
 def test_the_demonstration_is_rolled_back_with_its_holds(deployed: str, service: psycopg.Connection) -> None:
@@ -568,6 +574,45 @@ def test_the_demonstration_is_rolled_back_with_its_holds(deployed: str, service:
     dbmate(deployed, "testdata rollback")
     assert [row.hold_uuid for row in call(service, "list_holds", "w")] == [X]
     assert call(service, "verify") == []
+
+
+BEFORE_KEYS = [path for path in MIGRATIONS if path.stem < "20261130000001"]
+
+
+@pytest.mark.parametrize(
+    "made_before", [None, "create role wallet_admin", "create role wallet_admin in role wallet_app"]
+)
+def test_a_ledger_from_before_keys_is_migrated_and_taking_keys_back_destroys_no_money(
+    made_before: str | None, empty_database: Callable[[], str], tmp_path: Path
+) -> None:
+    url = empty_database()
+    for path in BEFORE_KEYS:
+        (tmp_path / path.name).write_text(path.read_text())
+    dbmate(url, "migrate", "--migrations-dir", str(tmp_path))
+    with psycopg.connect(url, autocommit=True) as connection:
+        create(connection, {"w": 100, "v": 0}, holds=[hold("w", X, 10)])
+        before, was = money(connection), catalogue(connection)
+        if made_before is not None:
+            connection.execute(made_before.encode())
+
+        dbmate(url, "migrate")
+        assert money(connection) == before
+        assert call(connection, "verify") == []
+        [membership] = connection.execute("select pg_has_role('wallet_admin', 'wallet_app', 'usage')").fetchone() or ()
+        assert membership
+        migrated = catalogue(connection)
+        with connection.transaction():
+            connection.execute("set local role wallet_owner")
+            call(connection, "create_key", "k", ["read"])
+
+        for _ in MIGRATIONS[len(BEFORE_KEYS) :]:
+            dbmate(url, "rollback")
+        assert (money(connection), catalogue(connection)) == (before, was)
+        assert apply(connection, transfer("w", "v", B, 10, hold=X)).balance_after == 90
+
+        dbmate(url, "migrate")
+        assert catalogue(connection) == migrated
+        assert call(connection, "live_keys") == []
 
 
 def test_an_index_whose_building_was_interrupted_is_built_again(empty_database: Callable[[], str]) -> None:

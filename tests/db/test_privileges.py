@@ -45,6 +45,12 @@ WRITING = [
     "select wallet.expire_holds('w')",
     "do 'begin perform wallet.raise_too_late(); exception when query_canceled then end'",
 ]
+CHECKING_KEYS = ["select wallet.live_keys()"]
+MANAGING_KEYS = [
+    "select wallet.create_key('k', '{read}')",
+    "select wallet.list_keys()",
+    "select wallet.revoke_key('k')",
+]
 SELECTS = [
     "select from wallet.wallet",
     "select from wallet.operation",
@@ -64,6 +70,11 @@ TAMPERING = [
     "truncate wallet.wallet",
     "truncate wallet.operation",
     "truncate wallet.hold",
+    "select from wallet.key",
+    "insert into wallet.key values ('mine', sha256(''), '{admin}')",
+    "update wallet.key set revoked_at = null",
+    "delete from wallet.key",
+    "truncate wallet.key",
     "do 'begin lock table wallet.wallet; end'",
     "select from wallet.wallet for update",
     "select nextval('wallet.wallet_id_seq')",
@@ -111,6 +122,11 @@ BECOMING_THE_OWNER = [
     "drop owned by wallet_owner",
     "create schema mine authorization wallet_owner",
 ]
+BECOMING_THE_ADMIN = [
+    "set role wallet_admin",
+    "set session authorization wallet_admin",
+    "grant wallet_admin to current_user",
+]
 
 
 @pytest.fixture
@@ -144,12 +160,21 @@ def test_the_service_touches_no_table_and_nothing_internal(service: psycopg.Conn
     assert call(service, "verify") == []
 
 
-def test_the_service_may_call_every_public_function(service: psycopg.Connection) -> None:
-    assert forbidden(service, READING + WRITING) == []
+def test_the_service_may_call_every_public_function_but_those_that_manage_keys(service: psycopg.Connection) -> None:
+    assert forbidden(service, READING + WRITING + CHECKING_KEYS) == []
+    statements = MANAGING_KEYS + BECOMING_THE_ADMIN
+    assert forbidden(service, statements) == statements
+
+
+def test_an_admin_manages_keys_and_is_else_as_the_service(admin: psycopg.Connection) -> None:
+    assert forbidden(admin, READING + WRITING + CHECKING_KEYS + MANAGING_KEYS) == []
+    statements = SELECTS + TAMPERING + INTERNAL + ABOVE_THE_SCHEMA + BECOMING_THE_OWNER
+    assert forbidden(admin, statements) == statements
 
 
 def test_a_reader_changes_nothing(report: psycopg.Connection) -> None:
-    statements = TAMPERING + INTERNAL + WRITING + ABOVE_THE_SCHEMA + BECOMING_THE_OWNER
+    statements = TAMPERING + INTERNAL + WRITING + CHECKING_KEYS + MANAGING_KEYS
+    statements += ABOVE_THE_SCHEMA + BECOMING_THE_OWNER + BECOMING_THE_ADMIN
     assert forbidden(report, statements) == statements
     assert balances(report, ["w"]) == {"w": 100}
 
@@ -189,7 +214,8 @@ def passer_by(superuser: psycopg.Connection) -> Iterator[psycopg.Connection]:
 
 
 def test_anybody_else_may_do_nothing(passer_by: psycopg.Connection) -> None:
-    statements = SELECTS + TAMPERING + INTERNAL + READING + WRITING + ABOVE_THE_SCHEMA + BECOMING_THE_OWNER
+    statements = SELECTS + TAMPERING + INTERNAL + READING + WRITING + CHECKING_KEYS + MANAGING_KEYS
+    statements += ABOVE_THE_SCHEMA + BECOMING_THE_OWNER + BECOMING_THE_ADMIN
     assert forbidden(passer_by, statements) == statements
 
 
@@ -220,14 +246,19 @@ def test_everything_belongs_to_the_owner(listed: Callable[[str], list[object]]) 
     assert listed(owners) == ["wallet_owner"]
 
 
-def test_the_owner_cannot_log_in_and_nobody_is_a_member_of_more_than_one_role(
+def test_the_owner_cannot_log_in_and_only_the_admin_is_a_member_of_another_role(
     listed: Callable[[str], list[object]],
 ) -> None:
     assert listed("select rolname from pg_roles where rolname like 'wallet\\_%' and rolcanlogin") == ["wallet_service"]
-    members = (
-        "select member::regrole::text from pg_auth_members where roleid::regrole::text like 'wallet\\_%' order by 1"
-    )
-    assert listed(members) == ["report", "wallet_service"]
+    members = """
+        select format('%s in %s', member::regrole, roleid::regrole)
+        from pg_auth_members where roleid::regrole::text like 'wallet\\_%' order by 1"""
+    assert listed(members) == [
+        "keeper in wallet_admin",
+        "report in wallet_reader",
+        "wallet_admin in wallet_app",
+        "wallet_service in wallet_app",
+    ]
 
 
 def test_nothing_is_granted_to_public(listed: Callable[[str], list[object]]) -> None:

@@ -64,7 +64,7 @@ def demonstration(superuser: psycopg.Connection) -> Iterator[dict[str, str]]:
     url = url_of(superuser, "postgres")
     dbmate(url, "testdata migrate")
     yield {"#": url, ">": url_of(superuser, "wallet_service")}
-    for role in ("teller", "auditor"):
+    for role in ("teller", "auditor", "registrar"):
         superuser.execute(f"drop role if exists {role}")
 
 

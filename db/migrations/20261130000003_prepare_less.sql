@@ -889,10 +889,11 @@ comment on function wallet.argument_fault(text, uuid, text, bigint, text, uuid, 
   'Neither security definer nor pinned, so that it is inlined into its callers, which are.';
 
 grant all on all tables in schema wallet to wallet_owner;
-revoke all on all tables in schema wallet from wallet_app, wallet_reader;
-revoke all on all functions in schema wallet from wallet_app, wallet_reader;
+revoke all on all tables in schema wallet from wallet_app, wallet_reader, wallet_admin;
+revoke all on all functions in schema wallet from wallet_app, wallet_reader, wallet_admin;
 
--- wallet_app calls functions and touches no table; wallet_reader reads and changes nothing; PUBLIC has nothing.
+-- wallet_app calls functions and touches no table; wallet_reader reads the books and changes nothing;
+-- wallet_admin is a member of wallet_app that manages keys, too. PUBLIC has nothing.
 -- Functions that are granted to nobody are internal: they run as part of the others, with the owner's rights.
 revoke all on schema wallet from public;
 revoke all on all tables in schema wallet from public;
@@ -906,8 +907,15 @@ grant execute on function
   wallet.apply_operations(text[], uuid[], text[], bigint[], text[], uuid[], timestamptz[], jsonb[], boolean, timestamptz),
   wallet.set_status(text, text, timestamptz),
   wallet.expire_holds(text, int),
+  wallet.live_keys(),
   wallet.raise_too_late()
 to wallet_app;
+
+grant execute on function
+  wallet.create_key(text, text[], text, timestamptz),
+  wallet.revoke_key(text),
+  wallet.list_keys()
+to wallet_admin;
 
 grant execute on function
   wallet.get_wallet(text, timestamptz),
@@ -1791,10 +1799,11 @@ comment on function wallet.argument_fault(text, uuid, text, bigint, text, uuid, 
   'Neither security definer nor pinned, so that it is inlined into its callers, which are.';
 
 grant all on all tables in schema wallet to wallet_owner;
-revoke all on all tables in schema wallet from wallet_app, wallet_reader;
-revoke all on all functions in schema wallet from wallet_app, wallet_reader;
+revoke all on all tables in schema wallet from wallet_app, wallet_reader, wallet_admin;
+revoke all on all functions in schema wallet from wallet_app, wallet_reader, wallet_admin;
 
--- wallet_app calls functions and touches no table; wallet_reader reads and changes nothing; PUBLIC has nothing.
+-- wallet_app calls functions and touches no table; wallet_reader reads the books and changes nothing;
+-- wallet_admin is a member of wallet_app that manages keys, too. PUBLIC has nothing.
 -- Functions that are granted to nobody are internal: they run as part of the others, with the owner's rights.
 revoke all on schema wallet from public;
 revoke all on all tables in schema wallet from public;
@@ -1808,8 +1817,15 @@ grant execute on function
   wallet.apply_operations(text[], uuid[], text[], bigint[], text[], uuid[], timestamptz[], jsonb[], boolean, timestamptz),
   wallet.set_status(text, text, timestamptz),
   wallet.expire_holds(text, int),
+  wallet.live_keys(),
   wallet.raise_too_late()
 to wallet_app;
+
+grant execute on function
+  wallet.create_key(text, text[], text, timestamptz),
+  wallet.revoke_key(text),
+  wallet.list_keys()
+to wallet_admin;
 
 grant execute on function
   wallet.get_wallet(text, timestamptz),
