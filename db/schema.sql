@@ -29,6 +29,50 @@ CREATE SCHEMA wallet;
 COMMENT ON SCHEMA wallet IS 'Wallets and their operations. Money moves only through the functions of this schema; amounts are whole minor units.';
 
 
+--
+-- Name: any_argument_fault(text, uuid, text, bigint, text, uuid, timestamp with time zone, jsonb); Type: FUNCTION; Schema: wallet; Owner: -
+--
+
+CREATE FUNCTION wallet.any_argument_fault(p_wallet_uuid text, p_operation_uuid uuid, p_operation_type text, p_amount bigint, p_counterparty_uuid text, p_hold_uuid uuid, p_expires_at timestamp with time zone, p_metadata jsonb) RETURNS text
+    LANGUAGE plpgsql IMMUTABLE SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  return case
+    when p_operation_uuid is null then 'operation_uuid must not be null'
+    when p_operation_uuid = '00000000-0000-0000-0000-000000000000'::uuid then 'operation_uuid must not be the nil UUID'
+    when p_operation_type is null then 'operation_type must not be null'
+    when p_operation_type <> 'DEPOSIT' and p_operation_type <> 'WITHDRAW' and p_operation_type <> 'TRANSFER'
+      and p_operation_type <> 'HOLD' and p_operation_type <> 'RELEASE'
+      then 'operation_type must be DEPOSIT, WITHDRAW, TRANSFER, HOLD or RELEASE'
+    when p_operation_type = 'RELEASE' and p_amount is not null then 'amount must be null for RELEASE'
+    when p_operation_type <> 'RELEASE' and p_amount is null then 'amount must not be null'
+    when p_amount <= 0 then 'amount must be from 1 to 9223372036854775807'
+    when p_operation_type = 'RELEASE' and p_hold_uuid is null then 'hold_uuid must not be null for RELEASE'
+    when p_hold_uuid is not null and (p_operation_type = 'DEPOSIT' or p_operation_type = 'HOLD')
+      then 'hold_uuid must be null but for WITHDRAW, TRANSFER and RELEASE'
+    when p_hold_uuid = '00000000-0000-0000-0000-000000000000'::uuid then 'hold_uuid must not be the nil UUID'
+    when p_operation_type <> 'HOLD' and p_expires_at is not null then 'expires_at must be null but for HOLD'
+    when p_expires_at < '0001-01-01 00:00:00+00'::timestamptz or p_expires_at >= '10000-01-01 00:00:00+00'::timestamptz
+      then 'expires_at must be in the years 1 to 9999'
+    when p_operation_type = 'TRANSFER' and p_counterparty_uuid is null then 'counterparty_uuid must not be null for TRANSFER'
+    when p_operation_type <> 'TRANSFER' and p_counterparty_uuid is not null then 'counterparty_uuid must be null but for TRANSFER'
+    when p_counterparty_uuid = p_wallet_uuid then 'counterparty_uuid must be another wallet'
+    when p_metadata is null then null
+    when jsonb_typeof(p_metadata) <> 'object' then 'metadata must be an object'
+    when octet_length(p_metadata::text) > 2048 then 'metadata must have at most 2048 octets as text'
+  end;
+end
+$$;
+
+
+--
+-- Name: FUNCTION any_argument_fault(p_wallet_uuid text, p_operation_uuid uuid, p_operation_type text, p_amount bigint, p_counterparty_uuid text, p_hold_uuid uuid, p_expires_at timestamp with time zone, p_metadata jsonb); Type: COMMENT; Schema: wallet; Owner: -
+--
+
+COMMENT ON FUNCTION wallet.any_argument_fault(p_wallet_uuid text, p_operation_uuid uuid, p_operation_type text, p_amount bigint, p_counterparty_uuid text, p_hold_uuid uuid, p_expires_at timestamp with time zone, p_metadata jsonb) IS 'Internal: the message of WA400 for an operation that no wallet can accept, else null; names of wallets are looked at only where none is found. The nil UUID (RFC 9562, section 5.9) is what an unset field looks like, so it names no operation. A function of its own, so that a session prepares its expressions only where it needs them.';
+
+
 SET default_tablespace = '';
 
 SET default_table_access_method = heap;
@@ -167,7 +211,6 @@ declare
   v_held bigint;
   v_seq bigint;
   v_last timestamptz;
-  v_now timestamptz;
 
   v_currency text;
   v_payee_status text;
@@ -176,19 +219,22 @@ declare
   v_payee_held bigint;
   v_payee_seq bigint;
   v_payee_last timestamptz;
-  v_missed text[] := '{}';
+  v_missed text[];
 
   v_operation wallet.operation;
   v_constraint text;
 begin
-  if current_setting('transaction_isolation') not in ('read committed', 'read uncommitted') then
-    perform wallet.raise_isolation_level();
-  elsif v_fault is not null then
-    raise sqlstate 'WA400' using message = v_fault;
-  elsif p_operation_type = 'HOLD' or p_hold_uuid is not null then
-    return wallet.apply_request(
-      p_wallet_uuid, p_operation_uuid, p_operation_type, p_amount, p_counterparty_uuid, p_hold_uuid, p_expires_at, p_metadata, p_not_after
-    );
+  if v_fault is not null or p_operation_type = 'HOLD' or p_hold_uuid is not null
+    or current_setting('transaction_isolation') <> 'read committed' then
+    if current_setting('transaction_isolation') not in ('read committed', 'read uncommitted') then
+      perform wallet.raise_isolation_level();
+    elsif v_fault is not null then
+      raise sqlstate 'WA400' using message = v_fault;
+    elsif p_operation_type = 'HOLD' or p_hold_uuid is not null then
+      return wallet.apply_request(
+        p_wallet_uuid, p_operation_uuid, p_operation_type, p_amount, p_counterparty_uuid, p_hold_uuid, p_expires_at, p_metadata, p_not_after
+      );
+    end if;
   end if;
 
   begin
@@ -213,10 +259,11 @@ begin
       limit 1;
     end if;
 
-    if (v_status is null and coalesce(p_wallet_uuid <> all(v_missed), true))
-      or (p_counterparty_uuid is not null and v_payee_status is null and p_counterparty_uuid <> all(v_missed)) then
-      perform wallet.raise_wallet_not_found(p_wallet_uuid, p_counterparty_uuid);
-    elsif v_missed <> '{}' then
+    if v_status is null or (p_counterparty_uuid is not null and v_payee_status is null) then
+      if (v_status is null and coalesce(p_wallet_uuid <> all(v_missed), true))
+        or (p_counterparty_uuid is not null and v_payee_status is null and p_counterparty_uuid <> all(v_missed)) then
+        perform wallet.raise_wallet_not_found(p_wallet_uuid, p_counterparty_uuid);
+      end if;
       raise lock_not_available;
     end if;
 
@@ -233,10 +280,8 @@ begin
       );
     end if;
 
-    v_balance := coalesce(v_balance, 0);
-    v_now := greatest(clock_timestamp(), v_last, v_payee_last);
     v_fault := wallet.state_fault(
-      p_operation_type, p_amount, v_status, v_balance, v_currency, v_payee_status, coalesce(v_payee_balance, 0), v_payee_currency
+      p_operation_type, p_amount, v_status, coalesce(v_balance, 0), v_currency, v_payee_status, coalesce(v_payee_balance, 0), v_payee_currency
     );
 
     if v_fault is not null then
@@ -253,8 +298,8 @@ begin
       (wallet_uuid, operation_type, operation_uuid, seq, amount, balance_after, created_at, counterparty_uuid, metadata)
     values (
       p_wallet_uuid, p_operation_type, p_operation_uuid, coalesce(v_seq, 0) + 1, p_amount,
-      v_balance + case p_operation_type when 'DEPOSIT' then p_amount else -p_amount end,
-      v_now, p_counterparty_uuid, nullif(p_metadata, '{}')
+      coalesce(v_balance, 0) + case p_operation_type when 'DEPOSIT' then p_amount else -p_amount end,
+      greatest(clock_timestamp(), v_last, v_payee_last), p_counterparty_uuid, nullif(p_metadata, '{}')
     )
     returning * into v_operation;
 
@@ -264,7 +309,7 @@ begin
       values (
         p_counterparty_uuid, 'RECEIVE', p_operation_uuid, coalesce(v_payee_seq, 0) + 1, p_amount,
         coalesce(v_payee_balance, 0) + p_amount,
-        v_now, p_wallet_uuid, v_operation.metadata
+        v_operation.created_at, p_wallet_uuid, v_operation.metadata
       );
     end if;
 
@@ -378,6 +423,7 @@ declare
 
   v_careful boolean; -- there is more to do than for deposits and withdrawals that are all good
   v_look_up boolean := false;
+  v_refused boolean := false;
   v_recorded boolean[];
   v_recorded_count bigint;
   v_recorded_before bigint := -1;
@@ -386,30 +432,40 @@ declare
 begin
   if current_setting('transaction_isolation') not in ('read committed', 'read uncommitted') then
     perform wallet.raise_isolation_level();
-  elsif p_wallet_uuids is null or p_operation_uuids is null or p_operation_types is null or p_amounts is null then
-    raise sqlstate 'WA400' using message = 'arrays must not be null';
-  elsif array_ndims(p_wallet_uuids) > 1 or array_ndims(p_operation_uuids) > 1
-    or array_ndims(p_operation_types) > 1 or array_ndims(p_amounts) > 1
-    or array_ndims(p_counterparty_uuids) > 1 or array_ndims(p_hold_uuids) > 1
-    or array_ndims(p_expires_at) > 1 or array_ndims(p_metadata) > 1 then
-    raise sqlstate 'WA400' using message = 'arrays must have one dimension';
-  elsif v_count <> cardinality(p_operation_uuids) or v_count <> cardinality(p_operation_types)
-    or v_count <> cardinality(p_amounts)
-    or v_count <> cardinality(p_counterparty_uuids) or v_count <> cardinality(p_hold_uuids)
-    or v_count <> cardinality(p_expires_at) or v_count <> cardinality(p_metadata) then
-    raise sqlstate 'WA400' using message = 'arrays must have the same length';
-  elsif p_atomic is null then
-    raise sqlstate 'WA400' using message = 'atomic must not be null';
   end if;
 
-  p_wallet_uuids := p_wallet_uuids[:]; -- a slice starts at 1, whatever the array did
-  p_operation_uuids := p_operation_uuids[:];
-  p_operation_types := p_operation_types[:];
-  p_amounts := p_amounts[:];
-  p_counterparty_uuids := p_counterparty_uuids[:];
-  p_hold_uuids := p_hold_uuids[:];
-  p_expires_at := p_expires_at[:];
-  p_metadata := p_metadata[:];
+  v_fault := case
+    when p_wallet_uuids is null or p_operation_uuids is null or p_operation_types is null or p_amounts is null
+      then 'arrays must not be null'
+    when array_ndims(p_wallet_uuids) > 1 or array_ndims(p_operation_uuids) > 1
+      or array_ndims(p_operation_types) > 1 or array_ndims(p_amounts) > 1
+      or array_ndims(p_counterparty_uuids) > 1 or array_ndims(p_hold_uuids) > 1
+      or array_ndims(p_expires_at) > 1 or array_ndims(p_metadata) > 1
+      then 'arrays must have one dimension'
+    when v_count <> cardinality(p_operation_uuids) or v_count <> cardinality(p_operation_types)
+      or v_count <> cardinality(p_amounts)
+      or v_count <> cardinality(p_counterparty_uuids) or v_count <> cardinality(p_hold_uuids)
+      or v_count <> cardinality(p_expires_at) or v_count <> cardinality(p_metadata)
+      then 'arrays must have the same length'
+    when p_atomic is null then 'atomic must not be null'
+  end;
+  if v_fault is not null then
+    raise sqlstate 'WA400' using message = v_fault;
+  end if;
+
+  if array_lower(p_wallet_uuids, 1) <> 1 or array_lower(p_operation_uuids, 1) <> 1
+    or array_lower(p_operation_types, 1) <> 1 or array_lower(p_amounts, 1) <> 1
+    or array_lower(p_counterparty_uuids, 1) <> 1 or array_lower(p_hold_uuids, 1) <> 1
+    or array_lower(p_expires_at, 1) <> 1 or array_lower(p_metadata, 1) <> 1 then
+    p_wallet_uuids := p_wallet_uuids[:]; -- a slice starts at 1
+    p_operation_uuids := p_operation_uuids[:];
+    p_operation_types := p_operation_types[:];
+    p_amounts := p_amounts[:];
+    p_counterparty_uuids := p_counterparty_uuids[:];
+    p_hold_uuids := p_hold_uuids[:];
+    p_expires_at := p_expires_at[:];
+    p_metadata := p_metadata[:];
+  end if;
 
   if p_atomic then
     begin
@@ -642,6 +698,7 @@ begin
               continue decision;
             end if;
             v_faults[v_ordinal] := v_fault;
+            v_refused := true;
             continue;
           end if;
 
@@ -712,21 +769,26 @@ begin
       end loop;
 
       if v_payee_seqs is null and not v_holding then
-        insert into wallet.operation
-          (wallet_uuid, operation_type, operation_uuid, seq, amount, balance_after, created_at, metadata)
+        insert into wallet.operation (
+          wallet_uuid, operation_type, operation_uuid, seq, amount, balance_after, created_at, held_after, counterparty_uuid,
+          hold_uuid, expires_at, metadata
+        )
         select
           r.wallet_uuid, r.operation_type, r.operation_uuid, r.seq, r.amount, r.balance_after,
-          coalesce(v_moments[r.ordinal], v_now), nullif(p_metadata[r.ordinal], '{}')
+          coalesce(v_moments[r.ordinal], v_now), 0::bigint, null::text collate "C", null::uuid, null::timestamptz,
+          nullif(p_metadata[r.ordinal], '{}')
         from unnest(p_wallet_uuids, p_operation_types, p_operation_uuids, v_seqs, p_amounts, v_balances_after) with ordinality
           as r (wallet_uuid, operation_type, operation_uuid, seq, amount, balance_after, ordinal)
         where r.seq is not null
         order by r.operation_uuid;
       elsif not v_holding then
-        insert into wallet.operation
-          (wallet_uuid, operation_type, operation_uuid, seq, amount, balance_after, created_at, counterparty_uuid, metadata)
+        insert into wallet.operation (
+          wallet_uuid, operation_type, operation_uuid, seq, amount, balance_after, created_at, held_after, counterparty_uuid,
+          hold_uuid, expires_at, metadata
+        )
         select
-          s.wallet_uuid, s.operation_type, r.operation_uuid, s.seq, r.amount, s.balance_after, coalesce(r.moment, v_now),
-          s.counterparty_uuid, nullif(r.metadata, '{}')
+          s.wallet_uuid, s.operation_type, r.operation_uuid, s.seq, r.amount, s.balance_after, coalesce(r.moment, v_now), 0::bigint,
+          s.counterparty_uuid, null::uuid, null::timestamptz, nullif(r.metadata, '{}')
         from unnest(
           p_wallet_uuids, p_operation_types, p_operation_uuids, v_seqs, p_amounts, v_balances_after, v_moments, p_metadata,
           p_counterparty_uuids, v_payee_seqs, v_payee_balances_after
@@ -759,7 +821,7 @@ begin
         cross join lateral (
           values
           (r.wallet_uuid, r.operation_type, r.seq, r.balance_after, r.counterparty_uuid, r.held_after, r.hold_uuid, 1),
-          (r.counterparty_uuid, 'RECEIVE', r.payee_seq, r.payee_balance_after, r.wallet_uuid, r.payee_held_after, null, 2)
+          (r.counterparty_uuid, 'RECEIVE', r.payee_seq, r.payee_balance_after, r.wallet_uuid, r.payee_held_after, null::uuid, 2)
         ) as s (wallet_uuid, operation_type, seq, balance_after, counterparty_uuid, held_after, hold_uuid, side)
         where s.seq is not null
         order by r.operation_uuid, s.side;
@@ -798,6 +860,7 @@ begin
         v_faults := array[v_sqlstate];
         v_seqs := array[null::bigint];
         v_balances_after := v_seqs;
+        v_refused := true;
         exit;
       end if;
     end;
@@ -807,33 +870,18 @@ begin
     perform wallet.raise_too_late();
   end if;
 
-  if not v_look_up then
+  if not v_look_up and not v_refused then
     return query
     select
-      r.ordinal::int,
-      r.fault,
-      coalesce(r.message, wallet.fault_message(r.fault)),
-      case when r.seq is not null then true end,
-      case when r.seq is not null then r.wallet_uuid end,
-      case when r.seq is not null then r.operation_type end,
-      case when r.seq is not null then r.operation_uuid end,
-      r.seq,
-      case when r.seq is not null then r.amount end,
-      r.balance_after,
-      case when r.seq is not null then coalesce(v_moments[r.ordinal], v_now) end,
-      case when r.seq is not null then coalesce(v_helds_after[r.ordinal], 0) end,
-      case when r.seq is not null then p_counterparty_uuids[r.ordinal] end,
-      case when r.seq is not null then p_hold_uuids[r.ordinal] end,
-      case when r.seq is not null then p_expires_at[r.ordinal] end,
-      case when r.seq is not null then nullif(p_metadata[r.ordinal], '{}') end
-    from unnest(
-      p_wallet_uuids, p_operation_types, p_operation_uuids, v_seqs, coalesce(v_held_amounts, p_amounts), v_balances_after, v_faults, v_messages
-    ) with ordinality
-      as r (wallet_uuid, operation_type, operation_uuid, seq, amount, balance_after, fault, message, ordinal);
+      r.ordinal::int, null::text, null::text, true, r.wallet_uuid, r.operation_type, r.operation_uuid, r.seq, r.amount, r.balance_after,
+      coalesce(v_moments[r.ordinal], v_now), coalesce(v_helds_after[r.ordinal], 0), p_counterparty_uuids[r.ordinal],
+      p_hold_uuids[r.ordinal], p_expires_at[r.ordinal], nullif(p_metadata[r.ordinal], '{}')
+    from unnest(p_wallet_uuids, p_operation_types, p_operation_uuids, v_seqs, coalesce(v_held_amounts, p_amounts), v_balances_after)
+      with ordinality as r (wallet_uuid, operation_type, operation_uuid, seq, amount, balance_after, ordinal);
     return;
   end if;
 
-  -- With duplicates among the requests, the ledger says what is recorded, whether just now or before.
+  -- Where any was refused or is a duplicate, the ledger says what is recorded, whether just now or before.
   return query
   with recorded as materialized (
     select o.*
@@ -934,28 +982,9 @@ CREATE FUNCTION wallet.argument_fault(p_wallet_uuid text, p_operation_uuid uuid,
         else p_operation_type = 'TRANSFER' and p_counterparty_uuid <> p_wallet_uuid
       end
       then null
-    when p_operation_uuid is null then 'operation_uuid must not be null'
-    when p_operation_uuid = '00000000-0000-0000-0000-000000000000'::uuid then 'operation_uuid must not be the nil UUID'
-    when p_operation_type is null then 'operation_type must not be null'
-    when p_operation_type <> 'DEPOSIT' and p_operation_type <> 'WITHDRAW' and p_operation_type <> 'TRANSFER'
-      and p_operation_type <> 'HOLD' and p_operation_type <> 'RELEASE'
-      then 'operation_type must be DEPOSIT, WITHDRAW, TRANSFER, HOLD or RELEASE'
-    when p_operation_type = 'RELEASE' and p_amount is not null then 'amount must be null for RELEASE'
-    when p_operation_type <> 'RELEASE' and p_amount is null then 'amount must not be null'
-    when p_amount <= 0 then 'amount must be from 1 to 9223372036854775807'
-    when p_operation_type = 'RELEASE' and p_hold_uuid is null then 'hold_uuid must not be null for RELEASE'
-    when p_hold_uuid is not null and (p_operation_type = 'DEPOSIT' or p_operation_type = 'HOLD')
-      then 'hold_uuid must be null but for WITHDRAW, TRANSFER and RELEASE'
-    when p_hold_uuid = '00000000-0000-0000-0000-000000000000'::uuid then 'hold_uuid must not be the nil UUID'
-    when p_operation_type <> 'HOLD' and p_expires_at is not null then 'expires_at must be null but for HOLD'
-    when p_expires_at < '0001-01-01 00:00:00+00'::timestamptz or p_expires_at >= '10000-01-01 00:00:00+00'::timestamptz
-      then 'expires_at must be in the years 1 to 9999'
-    when p_operation_type = 'TRANSFER' and p_counterparty_uuid is null then 'counterparty_uuid must not be null for TRANSFER'
-    when p_operation_type <> 'TRANSFER' and p_counterparty_uuid is not null then 'counterparty_uuid must be null but for TRANSFER'
-    when p_counterparty_uuid = p_wallet_uuid then 'counterparty_uuid must be another wallet'
-    when p_metadata is null then null
-    when jsonb_typeof(p_metadata) <> 'object' then 'metadata must be an object'
-    when octet_length(p_metadata::text) > 2048 then 'metadata must have at most 2048 octets as text'
+    else wallet.any_argument_fault(
+      p_wallet_uuid, p_operation_uuid, p_operation_type, p_amount, p_counterparty_uuid, p_hold_uuid, p_expires_at, p_metadata
+    )
   end
 $$;
 
@@ -964,7 +993,7 @@ $$;
 -- Name: FUNCTION argument_fault(p_wallet_uuid text, p_operation_uuid uuid, p_operation_type text, p_amount bigint, p_counterparty_uuid text, p_hold_uuid uuid, p_expires_at timestamp with time zone, p_metadata jsonb); Type: COMMENT; Schema: wallet; Owner: -
 --
 
-COMMENT ON FUNCTION wallet.argument_fault(p_wallet_uuid text, p_operation_uuid uuid, p_operation_type text, p_amount bigint, p_counterparty_uuid text, p_hold_uuid uuid, p_expires_at timestamp with time zone, p_metadata jsonb) IS 'Internal: the message of WA400 for an operation that no wallet can accept, else null; names of wallets are looked at only where none is found. The nil UUID (RFC 9562, section 5.9) is what an unset field looks like, so it names no operation. Neither security definer nor pinned, so that it is inlined into its callers, which are.';
+COMMENT ON FUNCTION wallet.argument_fault(p_wallet_uuid text, p_operation_uuid uuid, p_operation_type text, p_amount bigint, p_counterparty_uuid text, p_hold_uuid uuid, p_expires_at timestamp with time zone, p_metadata jsonb) IS 'Internal: any_argument_fault, without a call for a deposit, withdrawal or transfer that is well formed and has no metadata and no hold. Neither security definer nor pinned, so that it is inlined into its callers, which are.';
 
 
 --
@@ -2481,4 +2510,5 @@ INSERT INTO public.schema_migrations (version) VALUES
     ('20261129100003'),
     ('20261129100004'),
     ('20261130000001'),
-    ('20261130000002');
+    ('20261130000002'),
+    ('20261130000003');

@@ -32,7 +32,6 @@ declare
   v_held bigint;
   v_seq bigint;
   v_last timestamptz;
-  v_now timestamptz;
 
   v_currency text;
   v_payee_status text;
@@ -41,19 +40,22 @@ declare
   v_payee_held bigint;
   v_payee_seq bigint;
   v_payee_last timestamptz;
-  v_missed text[] := '{}';
+  v_missed text[];
 
   v_operation wallet.operation;
   v_constraint text;
 begin
-  if current_setting('transaction_isolation') not in ('read committed', 'read uncommitted') then
-    perform wallet.raise_isolation_level();
-  elsif v_fault is not null then
-    raise sqlstate 'WA400' using message = v_fault;
-  elsif p_operation_type = 'HOLD' or p_hold_uuid is not null then
-    return wallet.apply_request(
-      p_wallet_uuid, p_operation_uuid, p_operation_type, p_amount, p_counterparty_uuid, p_hold_uuid, p_expires_at, p_metadata, p_not_after
-    );
+  if v_fault is not null or p_operation_type = 'HOLD' or p_hold_uuid is not null
+    or current_setting('transaction_isolation') <> 'read committed' then
+    if current_setting('transaction_isolation') not in ('read committed', 'read uncommitted') then
+      perform wallet.raise_isolation_level();
+    elsif v_fault is not null then
+      raise sqlstate 'WA400' using message = v_fault;
+    elsif p_operation_type = 'HOLD' or p_hold_uuid is not null then
+      return wallet.apply_request(
+        p_wallet_uuid, p_operation_uuid, p_operation_type, p_amount, p_counterparty_uuid, p_hold_uuid, p_expires_at, p_metadata, p_not_after
+      );
+    end if;
   end if;
 
   begin
@@ -78,10 +80,11 @@ begin
       limit 1;
     end if;
 
-    if (v_status is null and coalesce(p_wallet_uuid <> all(v_missed), true))
-      or (p_counterparty_uuid is not null and v_payee_status is null and p_counterparty_uuid <> all(v_missed)) then
-      perform wallet.raise_wallet_not_found(p_wallet_uuid, p_counterparty_uuid);
-    elsif v_missed <> '{}' then
+    if v_status is null or (p_counterparty_uuid is not null and v_payee_status is null) then
+      if (v_status is null and coalesce(p_wallet_uuid <> all(v_missed), true))
+        or (p_counterparty_uuid is not null and v_payee_status is null and p_counterparty_uuid <> all(v_missed)) then
+        perform wallet.raise_wallet_not_found(p_wallet_uuid, p_counterparty_uuid);
+      end if;
       raise lock_not_available;
     end if;
 
@@ -98,10 +101,8 @@ begin
       );
     end if;
 
-    v_balance := coalesce(v_balance, 0);
-    v_now := greatest(clock_timestamp(), v_last, v_payee_last);
     v_fault := wallet.state_fault(
-      p_operation_type, p_amount, v_status, v_balance, v_currency, v_payee_status, coalesce(v_payee_balance, 0), v_payee_currency
+      p_operation_type, p_amount, v_status, coalesce(v_balance, 0), v_currency, v_payee_status, coalesce(v_payee_balance, 0), v_payee_currency
     );
 
     if v_fault is not null then
@@ -118,8 +119,8 @@ begin
       (wallet_uuid, operation_type, operation_uuid, seq, amount, balance_after, created_at, counterparty_uuid, metadata)
     values (
       p_wallet_uuid, p_operation_type, p_operation_uuid, coalesce(v_seq, 0) + 1, p_amount,
-      v_balance + case p_operation_type when 'DEPOSIT' then p_amount else -p_amount end,
-      v_now, p_counterparty_uuid, nullif(p_metadata, '{}')
+      coalesce(v_balance, 0) + case p_operation_type when 'DEPOSIT' then p_amount else -p_amount end,
+      greatest(clock_timestamp(), v_last, v_payee_last), p_counterparty_uuid, nullif(p_metadata, '{}')
     )
     returning * into v_operation;
 
@@ -129,7 +130,7 @@ begin
       values (
         p_counterparty_uuid, 'RECEIVE', p_operation_uuid, coalesce(v_payee_seq, 0) + 1, p_amount,
         coalesce(v_payee_balance, 0) + p_amount,
-        v_now, p_wallet_uuid, v_operation.metadata
+        v_operation.created_at, p_wallet_uuid, v_operation.metadata
       );
     end if;
 

@@ -125,6 +125,7 @@ declare
 
   v_careful boolean; -- there is more to do than for deposits and withdrawals that are all good
   v_look_up boolean := false;
+  v_refused boolean := false;
   v_recorded boolean[];
   v_recorded_count bigint;
   v_recorded_before bigint := -1;
@@ -133,30 +134,40 @@ declare
 begin
   if current_setting('transaction_isolation') not in ('read committed', 'read uncommitted') then
     perform wallet.raise_isolation_level();
-  elsif p_wallet_uuids is null or p_operation_uuids is null or p_operation_types is null or p_amounts is null then
-    raise sqlstate 'WA400' using message = 'arrays must not be null';
-  elsif array_ndims(p_wallet_uuids) > 1 or array_ndims(p_operation_uuids) > 1
-    or array_ndims(p_operation_types) > 1 or array_ndims(p_amounts) > 1
-    or array_ndims(p_counterparty_uuids) > 1 or array_ndims(p_hold_uuids) > 1
-    or array_ndims(p_expires_at) > 1 or array_ndims(p_metadata) > 1 then
-    raise sqlstate 'WA400' using message = 'arrays must have one dimension';
-  elsif v_count <> cardinality(p_operation_uuids) or v_count <> cardinality(p_operation_types)
-    or v_count <> cardinality(p_amounts)
-    or v_count <> cardinality(p_counterparty_uuids) or v_count <> cardinality(p_hold_uuids)
-    or v_count <> cardinality(p_expires_at) or v_count <> cardinality(p_metadata) then
-    raise sqlstate 'WA400' using message = 'arrays must have the same length';
-  elsif p_atomic is null then
-    raise sqlstate 'WA400' using message = 'atomic must not be null';
   end if;
 
-  p_wallet_uuids := p_wallet_uuids[:]; -- a slice starts at 1, whatever the array did
-  p_operation_uuids := p_operation_uuids[:];
-  p_operation_types := p_operation_types[:];
-  p_amounts := p_amounts[:];
-  p_counterparty_uuids := p_counterparty_uuids[:];
-  p_hold_uuids := p_hold_uuids[:];
-  p_expires_at := p_expires_at[:];
-  p_metadata := p_metadata[:];
+  v_fault := case
+    when p_wallet_uuids is null or p_operation_uuids is null or p_operation_types is null or p_amounts is null
+      then 'arrays must not be null'
+    when array_ndims(p_wallet_uuids) > 1 or array_ndims(p_operation_uuids) > 1
+      or array_ndims(p_operation_types) > 1 or array_ndims(p_amounts) > 1
+      or array_ndims(p_counterparty_uuids) > 1 or array_ndims(p_hold_uuids) > 1
+      or array_ndims(p_expires_at) > 1 or array_ndims(p_metadata) > 1
+      then 'arrays must have one dimension'
+    when v_count <> cardinality(p_operation_uuids) or v_count <> cardinality(p_operation_types)
+      or v_count <> cardinality(p_amounts)
+      or v_count <> cardinality(p_counterparty_uuids) or v_count <> cardinality(p_hold_uuids)
+      or v_count <> cardinality(p_expires_at) or v_count <> cardinality(p_metadata)
+      then 'arrays must have the same length'
+    when p_atomic is null then 'atomic must not be null'
+  end;
+  if v_fault is not null then
+    raise sqlstate 'WA400' using message = v_fault;
+  end if;
+
+  if array_lower(p_wallet_uuids, 1) <> 1 or array_lower(p_operation_uuids, 1) <> 1
+    or array_lower(p_operation_types, 1) <> 1 or array_lower(p_amounts, 1) <> 1
+    or array_lower(p_counterparty_uuids, 1) <> 1 or array_lower(p_hold_uuids, 1) <> 1
+    or array_lower(p_expires_at, 1) <> 1 or array_lower(p_metadata, 1) <> 1 then
+    p_wallet_uuids := p_wallet_uuids[:]; -- a slice starts at 1
+    p_operation_uuids := p_operation_uuids[:];
+    p_operation_types := p_operation_types[:];
+    p_amounts := p_amounts[:];
+    p_counterparty_uuids := p_counterparty_uuids[:];
+    p_hold_uuids := p_hold_uuids[:];
+    p_expires_at := p_expires_at[:];
+    p_metadata := p_metadata[:];
+  end if;
 
   if p_atomic then
     begin
@@ -389,6 +400,7 @@ begin
               continue decision;
             end if;
             v_faults[v_ordinal] := v_fault;
+            v_refused := true;
             continue;
           end if;
 
@@ -459,21 +471,26 @@ begin
       end loop;
 
       if v_payee_seqs is null and not v_holding then
-        insert into wallet.operation
-          (wallet_uuid, operation_type, operation_uuid, seq, amount, balance_after, created_at, metadata)
+        insert into wallet.operation (
+          wallet_uuid, operation_type, operation_uuid, seq, amount, balance_after, created_at, held_after, counterparty_uuid,
+          hold_uuid, expires_at, metadata
+        )
         select
           r.wallet_uuid, r.operation_type, r.operation_uuid, r.seq, r.amount, r.balance_after,
-          coalesce(v_moments[r.ordinal], v_now), nullif(p_metadata[r.ordinal], '{}')
+          coalesce(v_moments[r.ordinal], v_now), 0::bigint, null::text collate "C", null::uuid, null::timestamptz,
+          nullif(p_metadata[r.ordinal], '{}')
         from unnest(p_wallet_uuids, p_operation_types, p_operation_uuids, v_seqs, p_amounts, v_balances_after) with ordinality
           as r (wallet_uuid, operation_type, operation_uuid, seq, amount, balance_after, ordinal)
         where r.seq is not null
         order by r.operation_uuid;
       elsif not v_holding then
-        insert into wallet.operation
-          (wallet_uuid, operation_type, operation_uuid, seq, amount, balance_after, created_at, counterparty_uuid, metadata)
+        insert into wallet.operation (
+          wallet_uuid, operation_type, operation_uuid, seq, amount, balance_after, created_at, held_after, counterparty_uuid,
+          hold_uuid, expires_at, metadata
+        )
         select
-          s.wallet_uuid, s.operation_type, r.operation_uuid, s.seq, r.amount, s.balance_after, coalesce(r.moment, v_now),
-          s.counterparty_uuid, nullif(r.metadata, '{}')
+          s.wallet_uuid, s.operation_type, r.operation_uuid, s.seq, r.amount, s.balance_after, coalesce(r.moment, v_now), 0::bigint,
+          s.counterparty_uuid, null::uuid, null::timestamptz, nullif(r.metadata, '{}')
         from unnest(
           p_wallet_uuids, p_operation_types, p_operation_uuids, v_seqs, p_amounts, v_balances_after, v_moments, p_metadata,
           p_counterparty_uuids, v_payee_seqs, v_payee_balances_after
@@ -506,7 +523,7 @@ begin
         cross join lateral (
           values
           (r.wallet_uuid, r.operation_type, r.seq, r.balance_after, r.counterparty_uuid, r.held_after, r.hold_uuid, 1),
-          (r.counterparty_uuid, 'RECEIVE', r.payee_seq, r.payee_balance_after, r.wallet_uuid, r.payee_held_after, null, 2)
+          (r.counterparty_uuid, 'RECEIVE', r.payee_seq, r.payee_balance_after, r.wallet_uuid, r.payee_held_after, null::uuid, 2)
         ) as s (wallet_uuid, operation_type, seq, balance_after, counterparty_uuid, held_after, hold_uuid, side)
         where s.seq is not null
         order by r.operation_uuid, s.side;
@@ -545,6 +562,7 @@ begin
         v_faults := array[v_sqlstate];
         v_seqs := array[null::bigint];
         v_balances_after := v_seqs;
+        v_refused := true;
         exit;
       end if;
     end;
@@ -554,33 +572,18 @@ begin
     perform wallet.raise_too_late();
   end if;
 
-  if not v_look_up then
+  if not v_look_up and not v_refused then
     return query
     select
-      r.ordinal::int,
-      r.fault,
-      coalesce(r.message, wallet.fault_message(r.fault)),
-      case when r.seq is not null then true end,
-      case when r.seq is not null then r.wallet_uuid end,
-      case when r.seq is not null then r.operation_type end,
-      case when r.seq is not null then r.operation_uuid end,
-      r.seq,
-      case when r.seq is not null then r.amount end,
-      r.balance_after,
-      case when r.seq is not null then coalesce(v_moments[r.ordinal], v_now) end,
-      case when r.seq is not null then coalesce(v_helds_after[r.ordinal], 0) end,
-      case when r.seq is not null then p_counterparty_uuids[r.ordinal] end,
-      case when r.seq is not null then p_hold_uuids[r.ordinal] end,
-      case when r.seq is not null then p_expires_at[r.ordinal] end,
-      case when r.seq is not null then nullif(p_metadata[r.ordinal], '{}') end
-    from unnest(
-      p_wallet_uuids, p_operation_types, p_operation_uuids, v_seqs, coalesce(v_held_amounts, p_amounts), v_balances_after, v_faults, v_messages
-    ) with ordinality
-      as r (wallet_uuid, operation_type, operation_uuid, seq, amount, balance_after, fault, message, ordinal);
+      r.ordinal::int, null::text, null::text, true, r.wallet_uuid, r.operation_type, r.operation_uuid, r.seq, r.amount, r.balance_after,
+      coalesce(v_moments[r.ordinal], v_now), coalesce(v_helds_after[r.ordinal], 0), p_counterparty_uuids[r.ordinal],
+      p_hold_uuids[r.ordinal], p_expires_at[r.ordinal], nullif(p_metadata[r.ordinal], '{}')
+    from unnest(p_wallet_uuids, p_operation_types, p_operation_uuids, v_seqs, coalesce(v_held_amounts, p_amounts), v_balances_after)
+      with ordinality as r (wallet_uuid, operation_type, operation_uuid, seq, amount, balance_after, ordinal);
     return;
   end if;
 
-  -- With duplicates among the requests, the ledger says what is recorded, whether just now or before.
+  -- Where any was refused or is a duplicate, the ledger says what is recorded, whether just now or before.
   return query
   with recorded as materialized (
     select o.*
