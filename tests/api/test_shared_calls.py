@@ -134,15 +134,17 @@ async def test_a_locked_wallet_holds_up_nobody_else_whoever_asks_for_it(
     async with contextlib.AsyncExitStack() as stack:
         for crowd, door in zip(others, doors, strict=True):
             await stack.enter_async_context(crowd.asking(OTHERS, door, 20))
+        await asyncio.sleep(1)
+        quiet = [crowd.answers.total() for crowd in others]
         with locked(superuser, "w"):
             for crowd, door in zip(the_locked, doors, strict=True):
                 await stack.enter_async_context(crowd.asking(["w"], door, 10))
             await asyncio.sleep(4)
             assert [crowd.answers for crowd in the_locked] == [Counter(), Counter()]
 
-    for crowd in others:
+    for crowd, before in zip(others, quiet, strict=True):
         assert set(crowd.answers) == {(200, None)}
-        assert crowd.answers.total() > 1000
+        assert crowd.answers.total() > 2 * before  # whatever the machine: a quarter of the quiet rate at least
         assert crowd.p99 < 0.5
     assert [set(crowd.answers) for crowd in the_locked] == [{(200, None)}] * 2
     assert await balance(client, "w") == 100 + sum(crowd.answers.total() for crowd in the_locked)
