@@ -189,9 +189,22 @@ begin
 
     v_look_up := true;
   else
-    select l.uuids, l.statuses, l.currencies, l.missed
-    into v_uuids, v_statuses, v_currencies, v_missed
-    from wallet.lock_wallets(p_wallet_uuids || p_counterparty_uuids) as l;
+    if v_lock_timeout = '0' then -- what lock_wallets does then, without the call
+      v_missed := '{}';
+      select array_agg(l.uuid), array_agg(l.status), array_agg(l.currency)
+      into v_uuids, v_statuses, v_currencies
+      from (
+        select w.uuid, w.status, w.currency
+        from wallet.wallet as w
+        where w.uuid = any(p_wallet_uuids || p_counterparty_uuids)
+        order by w.uuid
+        for no key update
+      ) as l;
+    else
+      select l.uuids, l.statuses, l.currencies, l.missed
+      into v_uuids, v_statuses, v_currencies, v_missed
+      from wallet.lock_wallets(p_wallet_uuids || p_counterparty_uuids) as l;
+    end if;
     v_now := clock_timestamp();
 
     select
