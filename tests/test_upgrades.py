@@ -5,7 +5,7 @@ import contextlib
 import subprocess
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
@@ -84,18 +84,58 @@ def test_the_data_folder_of_a_released_version_is_upgraded_by_the_start(
     assert back.stop() == 0
 
 
-@pytest.fixture
-def restored(released: str, server: SimpleNamespace) -> Iterator[str]:
-    """The URI, for a superuser, of a database as the released commit left it, with money in it."""
+Restored = Callable[..., contextlib.AbstractContextManager[str]]
+
+
+@pytest.fixture(scope="module")
+def databases(server: SimpleNamespace) -> Iterator[Restored]:
+    """Gives databases as a released commit left them, with money in them, and `migrated` since if so wanted.
+
+    Each is a copy of one that was restored, and migrated, once.
+    """
+    templates: set[str] = set()
     with psycopg.connect(connection_url(server.host, "postgres", "postgres"), autocommit=True) as admin:
-        admin.execute("create database upgraded")
         admin.execute("do $$ begin create role wallet_owner; exception when duplicate_object then null; end $$")
-        url = connection_url(server.host, "postgres", "upgraded")
-        dump = CHECKOUT / "tests" / "db" / "released" / f"{released}.sql"
-        restore = [server.postgres.binaries / "psql", "-qX", "-v", "ON_ERROR_STOP=1", "-f", dump, url]
-        subprocess.run(restore, check=True, capture_output=True)
+
+        def make(name: str, released: str, migrated: bool) -> None:
+            admin.execute(f"create database {name}".encode())
+            templates.add(name)
+            url = connection_url(server.host, "postgres", name)
+            dump = CHECKOUT / "tests" / "db" / "released" / f"{released}.sql"
+            restore = [server.postgres.binaries / "psql", "-qX", "-v", "ON_ERROR_STOP=1", "-f", dump, url]
+            subprocess.run(restore, check=True, capture_output=True)
+            if migrated:
+                dbmate(url, "migrate")
+
+        @contextlib.contextmanager
+        def databases(released: str, *, migrated: bool = False) -> Iterator[str]:
+            """The URI of such a database for a superuser."""
+            template = f"template_{released}_{migrated}".lower()
+            if template not in templates:
+                make(template, released, migrated)
+            admin.execute(f"create database upgraded template {template}".encode())
+            try:
+                yield connection_url(server.host, "postgres", "upgraded")
+            finally:
+                admin.execute("drop database upgraded with (force)")
+
+        yield databases
+        for template in templates:
+            admin.execute(f"drop database {template} with (force)".encode())
+
+
+@pytest.fixture
+def restored(released: str, databases: Restored) -> Iterator[str]:
+    """The URI, for a superuser, of a database as the released commit left it, with money in it."""
+    with databases(released) as url:
         yield url
-        admin.execute("drop database upgraded with (force)")
+
+
+@pytest.fixture
+def migrated(released: str, databases: Restored) -> Iterator[str]:
+    """The URI, for a superuser, of such a database that was migrated since."""
+    with databases(released, migrated=True) as url:
+        yield url
 
 
 class Load:
@@ -232,16 +272,15 @@ IRREVERSIBLE = {
 
 
 @pytest.mark.parametrize("what", IRREVERSIBLE)
-def test_what_the_schema_before_cannot_hold_is_not_rolled_back(what: str, restored: str) -> None:
-    with psycopg.connect(restored, autocommit=True) as connection:
-        dbmate(restored, "migrate")
+def test_what_the_schema_before_cannot_hold_is_not_rolled_back(what: str, migrated: str) -> None:
+    with psycopg.connect(migrated, autocommit=True) as connection:
         connection.execute(IRREVERSIBLE[what].encode())
         before = money(connection)
 
         for _ in MIGRATIONS[SWAP + 1 :]:
-            dbmate(restored, "rollback")
+            dbmate(migrated, "rollback")
         with pytest.raises(subprocess.CalledProcessError) as refused:
-            dbmate(restored, "rollback")
+            dbmate(migrated, "rollback")
 
         [line] = [line for line in refused.value.stderr.decode().splitlines() if "refused" in line]
         assert "nothing was changed" in line

@@ -257,11 +257,17 @@ def prefer(browser: webdriver.Chrome, scheme: str) -> None:
 
 
 def unfold(browser: webdriver.Chrome) -> None:
-    """Unfold every operation, and press its "Try it out"."""
+    """Unfold every operation, and press its "Try it out".
+
+    A few at a time: of many at once the page makes one ever larger document, and after each time it draws all again.
+    """
     wait = WebDriverWait(browser, 20)
     summaries = wait.until(conditions.presence_of_all_elements_located((By.CSS_SELECTOR, ".opblock-summary-control")))
-    browser.execute_script("arguments[0].forEach(summary => summary.click())", summaries)
-    wait.until(lambda _: len(browser.find_elements(By.CSS_SELECTOR, ".try-out__btn")) == len(summaries))
+    unfolded = 0
+    for some in (summaries[start : start + 5] for start in range(0, len(summaries), 5)):
+        browser.execute_script("arguments[0].forEach(summary => summary.click())", some)
+        unfolded += len(some)
+        wait.until(lambda _, wanted=unfolded: len(browser.find_elements(By.CSS_SELECTOR, ".try-out__btn")) == wanted)
     browser.execute_script("document.querySelectorAll('.try-out__btn').forEach(button => button.click())")
     wait.until(lambda _: len(browser.find_elements(By.CSS_SELECTOR, "button.execute")) == len(summaries))
 

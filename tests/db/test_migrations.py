@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from uuid import uuid4
 
 import psycopg
 import pytest
@@ -89,7 +90,8 @@ def dbmate(url: str, form: str, *options: str) -> None:
 @pytest.fixture(scope="module")
 def bare_server(server: SimpleNamespace) -> Iterator[Postgres]:
     """A PostgreSQL where the roles do not exist yet, with `deployer`: no superuser, but CREATEROLE."""
-    postgres = Postgres(server.postgres.home / "bare", "fsync=off", binaries=server.postgres.binaries)
+    home = server.postgres.home / f"bare_{uuid4().hex}"  # a worker may come back to this module
+    postgres = Postgres(home, "fsync=off", binaries=server.postgres.binaries)
     postgres.start()
     with psycopg.connect(postgres.url("postgres", "postgres"), autocommit=True) as connection:
         connection.execute("create role deployer login createrole")
@@ -124,6 +126,21 @@ def as_superuser(url: str) -> str:
 def deployed(superuser: psycopg.Connection) -> str:
     """The URI of this test's migrated database for the superuser who migrated it."""
     return url_of(superuser, "postgres")
+
+
+@pytest.fixture
+def migrated(superuser: psycopg.Connection) -> Iterator[str]:
+    """The URI, for `deployer`, of a migrated, empty database as if that role, no superuser, had migrated it.
+
+    To migrate takes a second, for which migrations sleep.
+    """
+    superuser.execute("create role deployer login createrole in role wallet_owner")
+    superuser.execute(f"alter database {superuser.info.dbname} owner to deployer".encode())
+    superuser.execute("alter table schema_migrations owner to deployer")
+    yield url_of(superuser, "deployer")
+    superuser.execute("reassign owned by deployer to postgres")
+    superuser.execute("drop owned by deployer")
+    superuser.execute("drop role deployer")
 
 
 # The schema
@@ -248,20 +265,18 @@ def test_a_function_that_somebody_put_on_the_path_is_not_run(empty_database: Cal
             dbmate(url, "rollback")
 
 
-def test_a_rollback_never_destroys_money(empty_database: Callable[[], str]) -> None:
-    url = empty_database()
-    with psycopg.connect(url, autocommit=True) as connection:
-        dbmate(url, "migrate")
-        dbmate(url, "testdata migrate")
+def test_a_rollback_never_destroys_money(migrated: str) -> None:
+    with psycopg.connect(migrated, autocommit=True) as connection:
+        dbmate(migrated, "testdata migrate")
         before = money(connection)
         for _ in MIGRATIONS[1:]:
-            dbmate(url, "rollback")
+            dbmate(migrated, "rollback")
         with pytest.raises(subprocess.CalledProcessError) as refused:
-            dbmate(url, "rollback")
+            dbmate(migrated, "rollback")
         assert "would destroy the ledger" in refused.value.stderr.decode()
         assert money(connection) == before
 
-        dbmate(url, "migrate")
+        dbmate(migrated, "migrate")
         assert balances(connection, DEMONSTRATION) == DEMONSTRATION
 
 
@@ -324,11 +339,9 @@ def money(connection: psycopg.Connection) -> dict[str, list[Any]]:
 
 
 def test_a_released_state_is_migrated_and_rolled_back_without_loss(
-    released: str, empty_database: Callable[[], str]
+    released: str, superuser: psycopg.Connection
 ) -> None:
-    with psycopg.connect(fresh := as_superuser(empty_database()), autocommit=True) as connection:
-        dbmate(fresh, "migrate")
-        wanted = catalogue(connection)
+    wanted = catalogue(superuser)
     with psycopg.connect(released, autocommit=True) as connection:
         was, held = catalogue(connection), money(connection)
         applied = connection.execute("select count(*) from schema_migrations").fetchone()
@@ -477,22 +490,18 @@ def test_a_demonstration_that_was_rolled_back_comes_again_as_it_was(
         ("select wallet.set_status('savings', 'FROZEN')", "currency or a status"),
     ],
 )
-def test_what_the_schema_before_cannot_hold_is_not_rolled_back(
-    change: str, line: str, empty_database: Callable[[], str]
-) -> None:
-    url = empty_database()
-    dbmate(url, "migrate")
-    with psycopg.connect(url, autocommit=True) as connection:
+def test_what_the_schema_before_cannot_hold_is_not_rolled_back(change: str, line: str, migrated: str) -> None:
+    with psycopg.connect(migrated, autocommit=True) as connection:
         create(connection, {"savings": 5, "other": 0})
         connection.execute(change.encode())
         before = money(connection)
         for _ in [path for path in MIGRATIONS if path.stem > "20261129000006"]:
-            dbmate(url, "rollback")
+            dbmate(migrated, "rollback")
         with pytest.raises(subprocess.CalledProcessError) as refused:
-            dbmate(url, "rollback")
+            dbmate(migrated, "rollback")
         assert line in refused.value.stderr.decode()
         assert money(connection) == before
-        dbmate(url, "migrate")
+        dbmate(migrated, "migrate")
         assert apply(connection, deposit("other", A, 5)).operation_uuid == A
 
 
@@ -528,33 +537,29 @@ def test_a_ledger_from_before_holds_is_migrated_with_its_money(
 
 
 @pytest.mark.parametrize("ended", [False, True])
-def test_a_ledger_with_holds_is_not_rolled_back(ended: bool, empty_database: Callable[[], str]) -> None:
-    url = empty_database()
-    dbmate(url, "migrate")
-    with psycopg.connect(url, autocommit=True) as connection:
+def test_a_ledger_with_holds_is_not_rolled_back(ended: bool, migrated: str) -> None:
+    with psycopg.connect(migrated, autocommit=True) as connection:
         create(connection, {"w": 100}, holds=[hold("w", X, 10)])
         if ended:
             apply(connection, release("w", A, X))
         before = money(connection)
         for _ in [path for path in MIGRATIONS if path.stem > "20261129100004"]:
-            dbmate(url, "rollback")
+            dbmate(migrated, "rollback")
         with pytest.raises(subprocess.CalledProcessError) as refused:
-            dbmate(url, "rollback")
+            dbmate(migrated, "rollback")
         assert "refused: the ledger has holds" in refused.value.stderr.decode()
         assert money(connection) == before
         assert outcome(connection, hold("w", Y, 5)) is None
 
 
-def test_a_migration_lets_readers_go_on_while_it_waits_for_the_view(empty_database: Callable[[], str]) -> None:
-    url = empty_database()
-    with psycopg.connect(url, autocommit=True) as connection, psycopg.connect(url) as long:
-        dbmate(url, "migrate")
+def test_a_migration_lets_readers_go_on_while_it_waits_for_the_view(migrated: str) -> None:
+    with psycopg.connect(migrated, autocommit=True) as connection, psycopg.connect(migrated) as long:
         create(connection, {"w": 5})
         for _ in MIGRATIONS[len(BEFORE_HOLDS) :]:
-            dbmate(url, "rollback")
+            dbmate(migrated, "rollback")
         long.execute("select from wallet.balance")
         with ThreadPoolExecutor(1) as pool:
-            migrating = pool.submit(dbmate, url, "migrate")
+            migrating = pool.submit(dbmate, migrated, "migrate")
             began, slowest = time.monotonic(), 0.0
             while time.monotonic() < began + 1.5:
                 asked = time.monotonic()
@@ -615,31 +620,27 @@ def test_a_ledger_from_before_keys_is_migrated_and_taking_keys_back_destroys_no_
         assert call(connection, "live_keys") == []
 
 
-def test_an_index_whose_building_was_interrupted_is_built_again(empty_database: Callable[[], str]) -> None:
-    url = as_superuser(empty_database())
-    dbmate(url, "migrate")
-    with psycopg.connect(url, autocommit=True) as connection:
+def test_an_index_whose_building_was_interrupted_is_built_again(deployed: str) -> None:
+    with psycopg.connect(deployed, autocommit=True) as connection:
         wanted = catalogue(connection)["indexes"]
         for _ in [path for path in MIGRATIONS if path.stem > "20261129000003"]:
-            dbmate(url, "rollback")
+            dbmate(deployed, "rollback")
         connection.execute(
             "update pg_index set indisvalid = false where indexrelid = 'wallet.operation_requested_idx'::regclass"
         )
         assert catalogue(connection)["indexes"] != wanted
-        dbmate(url, "migrate")
+        dbmate(deployed, "migrate")
         assert catalogue(connection)["indexes"] == wanted
 
 
-def test_a_migration_lets_others_go_on_while_it_waits_for_its_locks(empty_database: Callable[[], str]) -> None:
-    url = empty_database()
-    with psycopg.connect(url, autocommit=True) as connection, psycopg.connect(url) as long:
-        dbmate(url, "migrate")
+def test_a_migration_lets_others_go_on_while_it_waits_for_its_locks(migrated: str) -> None:
+    with psycopg.connect(migrated, autocommit=True) as connection, psycopg.connect(migrated) as long:
         create(connection, {"w": 5})
         for _ in [path for path in MIGRATIONS if path.stem > "20261129000005"]:
-            dbmate(url, "rollback")
+            dbmate(migrated, "rollback")
         long.execute("select from wallet.operation")
         with ThreadPoolExecutor(1) as pool:
-            migrating = pool.submit(dbmate, url, "migrate")
+            migrating = pool.submit(dbmate, migrated, "migrate")
             began = time.monotonic()
             slowest, calls = 0.0, 0
             while time.monotonic() < began + 2:
