@@ -130,9 +130,10 @@ EMPTY = """
     delete from wallet.key; delete from wallet.hold; delete from wallet.operation; delete from wallet.wallet;
     select setval(oid::regclass, 1, false) from pg_class
     where relnamespace = 'wallet'::regnamespace and relkind = 'S'"""
-SIZE = "select sum(pg_table_size(oid)) from pg_class where relnamespace = 'wallet'::regnamespace and relkind = 'r'"
-LARGE = 500_000
-"""Bytes of the tables, dead rows too, from which a database is not used again."""
+IS_SMALL = """
+    select sum(pg_table_size(oid)) < 500000 from pg_class
+    where relnamespace = 'wallet'::regnamespace and relkind = 'r'"""
+"""Whether the tables, with their dead rows, are small enough for a database to be used again."""
 
 
 @pytest.fixture(scope="session")
@@ -176,8 +177,8 @@ def clone(postgresql_noproc: NoopExecutor) -> Iterator[Clone]:
             with closing(connection):
                 yield connection
             connection = connect(name)
-            [size] = connection.execute(SIZE).fetchone() or [0]
-            if is_left(connection) and size < LARGE and state(connection) == new:
+            unchanged = is_left(connection) and state(connection) == new
+            if unchanged and connection.execute(IS_SMALL).fetchone() == (True,):
                 connection.execute(EMPTY)
                 spare.append(connection)
             else:
