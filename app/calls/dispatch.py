@@ -78,6 +78,8 @@ async def _apply(app: web.Application, lane: Lane, requests: Sequence[Request]) 
     """Apply requests on a lane, but for those for wallets in trouble."""
     last = deadline_of(app[SETTINGS].request_deadline)
     trouble = app[TROUBLE]
+    if not trouble.wallets:
+        return await _settle(app, requests, await lane.apply(requests), last)
     outcomes = [refused("55P03")] * len(requests)
     free = [number for number, request in enumerate(requests) if not trouble.meets(request)]
     if free:

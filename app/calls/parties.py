@@ -199,31 +199,38 @@ class Places:
 
     @contextlib.asynccontextmanager
     async def place(self, since: float | None = None) -> AsyncIterator[None]:
-        """Lend a place. `since`: from when on it counts as asked for, on the loop's clock; None: from now on."""
-        await self._take(since)
-        loop = asyncio.get_running_loop()
-        began = loop.time()
+        """Lend a place. `since`: as for `take`."""
+        began = await self.take(since)
         try:
             yield
         finally:
-            self._turns.charge(PARTY.get(), loop.time() - began)
-            self._give_back()
+            self.give_back(began)
 
-    async def _take(self, since: float | None) -> None:
+    async def take(self, since: float | None = None) -> float:
+        """Take a place and return from when on it is had, on the loop's clock. It has to be given back.
+
+        `since`: from when on it counts as asked for, on the loop's clock; None: from now on.
+        """
+        loop = asyncio.get_running_loop()
         if self._free:
             self._free -= 1
-            return
-        loop = asyncio.get_running_loop()
+            return loop.time()
         turn = loop.create_future()
         self._turns.add(PARTY.get(), (loop.time() if since is None else since, turn), itemgetter(0))
         try:
             await turn
         except BaseException:
             if not turn.cancelled():  # it was given a place, and gives up at the same moment
-                self._give_back()
+                self._pass_on()
             raise
+        return loop.time()
 
-    def _give_back(self) -> None:
+    def give_back(self, began: float) -> None:
+        """Give a place back that was had since `began`, and count that time to the party."""
+        self._turns.charge(PARTY.get(), asyncio.get_running_loop().time() - began)
+        self._pass_on()
+
+    def _pass_on(self) -> None:
         while (waiting := self._turns.take(cost=lambda _: 0)) is not None:
             _, turn = waiting
             if not turn.done():

@@ -25,16 +25,16 @@ class Turns:
         self.places = Places(1)
 
     async def take(self, step: Callable[[], T], since: float | None = None) -> T:
-        """Take a step and return what it returns; the next one begins after as much time as this one took.
+        """Take a step and return what it returns at once; the next one begins after as much time as this one took.
 
         `since`: when the work of which it is a step came, on the loop's clock.
         """
         loop = asyncio.get_running_loop()
-        async with self.places.place(since):
-            began = loop.time()
-            done = step()
-            await asyncio.sleep(loop.time() - began)
-            return done
+        began = await self.places.take(since)
+        try:
+            return step()
+        finally:
+            loop.call_later(loop.time() - began, self.places.give_back, began)
 
     def takes_several(self, items: int) -> bool:
         """Tell whether so many items take several steps."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 from uuid import uuid4
@@ -22,6 +23,7 @@ from app.settings import Settings
 from app.web import handlers, party
 from app.web.application import make_app
 from app.web.messages import decode_part
+from app.web.turns import Turns
 from tests.api.door import balance, create, path, problem
 from tests.api.test_lanes import busy_lane, locked, queued, through, until, waiting_backends
 from tests.proxy import Point, Proxy
@@ -139,6 +141,25 @@ async def test_places_are_lent_by_turns_and_none_is_lost() -> None:
     assert len(had) == 20
     async with places.place(), places.place():
         assert places.waiting() == 0
+
+
+async def test_a_step_is_answered_at_once_and_the_next_one_leaves_as_much_time() -> None:
+    turns, loop = Turns(Parties(1)), asyncio.get_running_loop()
+    began = loop.time()
+    first = asyncio.create_task(turns.take(lambda: time.sleep(0.1)))
+    second = asyncio.create_task(turns.take(loop.time))
+    await asyncio.sleep(0)
+    assert first.done()
+    assert await second >= began + 0.2
+    assert turns.places.waiting() == 0
+
+
+async def test_a_step_that_fails_leaves_its_place_to_the_next_one() -> None:
+    turns = Turns(Parties(1))
+    with pytest.raises(ZeroDivisionError):
+        await turns.take(lambda: 1 / 0)
+    async with asyncio.timeout(10):
+        assert await turns.take(lambda: "next") == "next"
 
 
 def test_a_party_has_as_much_as_it_leaves_and_without_parties_all_may_be_had() -> None:
