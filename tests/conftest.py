@@ -1,5 +1,6 @@
 """A real PostgreSQL for every test: one server a worker, one migrated, empty database a test."""
 
+import asyncio
 import fcntl
 import gc
 import os
@@ -15,6 +16,7 @@ from uuid import uuid4
 
 import psycopg
 import pytest
+import uvloop
 from aiohttp.test_utils import TestClient
 from pytest_aiohttp.plugin import AiohttpClient
 from pytest_postgresql import factories
@@ -68,6 +70,11 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of this run, which its workers share."""
     own = tmp_path_factory.getbasetemp()
     return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """Have the tests run on the service's event loop, which differs from asyncio's in what it does at the edges."""
+    return {"uvloop": uvloop.new_event_loop}
 
 
 Clone = Callable[[], AbstractContextManager[psycopg.Connection]]

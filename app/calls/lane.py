@@ -19,6 +19,7 @@ goes there if either of its wallets is in trouble.
 import asyncio
 import contextlib
 import logging
+import math
 from collections.abc import Iterable, Sequence
 from itertools import islice
 from operator import attrgetter
@@ -109,7 +110,8 @@ class Lane:
         self._late: list[Waiting] = []
         self._arrived = asyncio.Event()
         self._loop = asyncio.get_running_loop()
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: asyncio.Handle | None = None
+        self._watched = math.inf
         self._counting = False
 
     def apply(self, requests: Sequence[Request], *, atomic: bool = False) -> asyncio.Future[list[Outcome]]:
@@ -126,9 +128,8 @@ class Lane:
     def _insert(self, waiting: Waiting) -> None:
         """Queue in the order of deadlines: one that has waited before may be due before others of its party."""
         self._waiting.add(waiting.party, waiting, _until)
-        if self._timer is None or waiting.until < self._timer.when():
-            self.close()
-            self._timer = self._loop.call_at(waiting.until, self._watch)
+        if waiting.until < self._watched:
+            self._watch_at(waiting.until)
 
     def see_room(self) -> None:
         """Raise Overloaded if too many clients wait already, or too many of this party."""
@@ -269,7 +270,12 @@ class Lane:
                     break
                 if not waiting.outcomes.done():
                     waiting.outcomes.set_exception(TimeoutError())
-        self._timer = self._loop.call_at(min(due), self._watch) if due else None
+        self._watch_at(min(due, default=math.inf))
+
+    def _watch_at(self, moment: float) -> None:
+        self.close()
+        self._watched = moment
+        self._timer = self._loop.call_at(moment, self._watch) if moment < math.inf else None
 
     def close(self) -> None:
         """Stop watching."""

@@ -5,6 +5,7 @@ A party is the name of the key that a request carries; "" where there are no key
 
 import asyncio
 import contextlib
+import time
 from bisect import insort
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -88,12 +89,11 @@ class Parties:
             if not turn.done():
                 turn.set_result(None)
         if self._arrived:
-            loop.call_soon(self._rest, loop.time())
+            loop.call_soon(self._rest, time.perf_counter())
 
     def _rest(self, began: float) -> None:
         """Let in the next portion, after a part of the time that the last one took."""
-        loop = asyncio.get_running_loop()
-        loop.call_later(REST * (loop.time() - began), self._let_in)
+        asyncio.get_running_loop().call_later(REST * (time.perf_counter() - began), self._let_in)
 
 
 PARTIES = web.AppKey("parties", Parties)
@@ -187,7 +187,10 @@ class ByTurns(Generic[T]):
 
 
 class Places:
-    """Places that are lent by turns: a semaphore, fair between parties by the time for which each has had one."""
+    """Places that are lent by turns: a semaphore, fair between parties by the time for which each has had one.
+
+    That is less than a millisecond as a rule, and uvloop's clock is no finer.
+    """
 
     def __init__(self, number: int) -> None:
         self._free = number
@@ -207,14 +210,14 @@ class Places:
             self.give_back(began)
 
     async def take(self, since: float | None = None) -> float:
-        """Take a place and return from when on it is had, on the loop's clock. It has to be given back.
+        """Take a place and return from when on it is had, by time.perf_counter(). It has to be given back.
 
         `since`: from when on it counts as asked for, on the loop's clock; None: from now on.
         """
-        loop = asyncio.get_running_loop()
         if self._free:
             self._free -= 1
-            return loop.time()
+            return time.perf_counter()
+        loop = asyncio.get_running_loop()
         turn = loop.create_future()
         self._turns.add(PARTY.get(), (loop.time() if since is None else since, turn), itemgetter(0))
         try:
@@ -223,11 +226,11 @@ class Places:
             if not turn.cancelled():  # it was given a place, and gives up at the same moment
                 self._pass_on()
             raise
-        return loop.time()
+        return time.perf_counter()
 
     def give_back(self, began: float) -> None:
         """Give a place back that was had since `began`, and count that time to the party."""
-        self._turns.charge(PARTY.get(), asyncio.get_running_loop().time() - began)
+        self._turns.charge(PARTY.get(), time.perf_counter() - began)
         self._pass_on()
 
     def _pass_on(self) -> None:

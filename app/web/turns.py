@@ -1,6 +1,7 @@
 """Turns: what keeps the event loop busy for long is done by one request at a time, and leaves others as much time."""
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -11,6 +12,8 @@ Item = TypeVar("Item")
 
 STEP = 250
 """Operations of a bulk request that are decoded or encoded in one step in company, at most: a few milliseconds."""
+LONG = 0.005
+"""Seconds of a step after which others are left as much time. Clients whose bulk requests take less share calls."""
 
 
 class Turns:
@@ -25,16 +28,18 @@ class Turns:
         self.places = Places(1)
 
     async def take(self, step: Callable[[], T], since: float | None = None) -> T:
-        """Take a step and return what it returns at once; the next one begins after as much time as this one took.
+        """Take a step and return what it returns at once.
 
+        After a long one, and in company after any, the next one begins after as much time as this one took.
         `since`: when the work of which it is a step came, on the loop's clock.
         """
-        loop = asyncio.get_running_loop()
         began = await self.places.take(since)
         try:
             return step()
         finally:
-            loop.call_later(loop.time() - began, self.places.give_back, began)
+            took = time.perf_counter() - began
+            rest = took if took > LONG or self._parties.in_company() else 0
+            asyncio.get_running_loop().call_later(rest, self.places.give_back, began)
 
     def takes_several(self, items: int) -> bool:
         """Tell whether so many items take several steps."""

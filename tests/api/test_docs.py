@@ -252,8 +252,11 @@ def page(scheme: str, unfolded: webdriver.Chrome) -> webdriver.Chrome:
 
 
 def prefer(browser: webdriver.Chrome, scheme: str) -> None:
+    """Have the reader prefer a colour scheme, and wait until the page has heard of it: before its next frame."""
     media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+    heard = "return document.documentElement.classList.contains('dark-mode') === (arguments[0] === 'dark')"
+    WebDriverWait(browser, 20).until(lambda _: browser.execute_script(heard, scheme))
 
 
 def unfold(browser: webdriver.Chrome) -> None:

@@ -13,12 +13,13 @@ from aiohttp import ClientResponse
 from aiohttp.test_utils import TestClient
 from pytest_aiohttp.plugin import AiohttpClient
 
-from app.calls.database import POOL
+from app.calls.database import POOL, UNTIL
 from app.calls.dispatch import BULK
-from app.calls.lane import SHORT
+from app.calls.lane import SHORT, Lane
 from app.calls.line import Line, Outcome, Request
 from app.calls.parties import PARTY, PORTION, ByTurns, Parties, Places, see_share
 from app.calls.refusals import Overloaded
+from app.calls.trouble import Trouble
 from app.settings import Settings
 from app.web import handlers, party
 from app.web.application import make_app
@@ -29,6 +30,7 @@ from tests.api.test_lanes import busy_lane, locked, queued, through, until, wait
 from tests.proxy import Point, Proxy
 
 BULK_PATH = "/api/v1/operations"
+DEPOSIT = Request("w", uuid4(), "DEPOSIT", 1)
 MIB = 1024 * 1024
 
 
@@ -152,6 +154,29 @@ async def test_a_step_is_answered_at_once_and_the_next_one_leaves_as_much_time()
     assert first.done()
     assert await second >= began + 0.2
     assert turns.places.waiting() == 0
+
+
+async def test_a_deadline_that_has_passed_is_its_own_affair() -> None:
+    lane = Lane("passed", 8, 8, 5, Trouble(), Parties(1))
+    UNTIL.set(asyncio.get_running_loop().time() - 1)
+    late = lane.apply([DEPOSIT])
+    UNTIL.set(None)
+    other = lane.apply([DEPOSIT])
+    with pytest.raises(TimeoutError):
+        await late
+    assert not other.done()
+    lane.close()
+
+
+async def test_short_steps_follow_each_other_at_once_out_of_company() -> None:
+    for in_company in (False, True):
+        parties = Parties(1)
+        parties.in_company = lambda in_company=in_company: in_company  # type: ignore[method-assign]
+        turns, loop = Turns(parties), asyncio.get_running_loop()
+        began = loop.time()
+        for _ in range(100):
+            await turns.take(lambda: time.sleep(0.001))
+        assert (loop.time() - began > 0.199) == in_company
 
 
 async def test_a_step_that_fails_leaves_its_place_to_the_next_one() -> None:

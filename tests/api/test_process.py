@@ -60,10 +60,10 @@ class Service:
         assert self.process.poll() is None, self.said()
         return "Try: " in self.said()
 
-    def ask(self, path: str, body: object = None) -> tuple[int, Any]:
+    def ask(self, path: str, body: object = None, **headers: str) -> tuple[int, Any]:
         """Send a GET, or a POST of a body, and return status and decoded answer."""
         data = None if body is None else json.dumps(body).encode()
-        request = Request(f"http://127.0.0.1:{self.port}{path}", data, {"Content-Type": "application/json"})
+        request = Request(f"http://127.0.0.1:{self.port}{path}", data, {"Content-Type": "application/json", **headers})
         try:
             with urlopen(request, timeout=30) as answer:
                 return answer.status, json.load(answer)

@@ -513,9 +513,9 @@ async def check(running: Stand, load: Load, account: Account) -> None:
 
 
 def failures(log: Path) -> list[str]:
-    """Return the lines of the service's log that tell of an exception that nobody expected; a few at most."""
+    """Return the lines of the service's log that tell of an exception that nobody expected; the ends of a few."""
     lines = log.read_text(errors="replace").splitlines()
-    return [line[:400] for line in lines if "exception" in line or "Traceback" in line][:3]
+    return [line[-2000:] for line in lines if "exception" in line or "Traceback" in line][:3]
 
 
 def last_line(log: Path) -> str:

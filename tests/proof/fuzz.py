@@ -17,8 +17,9 @@ from socket import SO_LINGER, SOL_SOCKET
 
 from app.web.body import BODY_TIMEOUT
 from app.web.connections import HEAD_TIMEOUT, WATCH_INTERVAL
+from tests.api.test_keys import SCOPES, bearer, make_key
 from tests.api.test_openapi import DOCUMENT, METHODS, closed
-from tests.api.test_process import Service
+from tests.api.test_process import Service, wait_until
 from tests.proof.clients import Connection, Lost
 from tests.proof.section import Account, Scale
 from tests.proof.service import database, memory, processes, service
@@ -46,17 +47,22 @@ SLACK = 3.0
 def schemathesis(scale: Scale) -> Account:
     """Make up requests from the description, good and bad, and compare each answer with it.
 
-    One check is left out, that good requests succeed: a wallet that is unknown or empty is not their fault.
+    They carry a key that may do everything, or none. One check is left out, that good requests succeed: a wallet
+    that is unknown or empty is not their fault.
     """
     account = Account()
-    with service() as running, tempfile.TemporaryDirectory(prefix="wallet-proof-") as folder:
+    with service(ACCESS="keys") as running, tempfile.TemporaryDirectory(prefix="wallet-proof-") as folder:
         description = Path(folder) / "openapi.json"
         description.write_text(json.dumps(closed(DOCUMENT)))
+        with database(running, "postgres") as superuser:
+            key = bearer(make_key(superuser, "fuzz", *SCOPES))
+        wait_until(lambda: running.ask("/api/v1/wallets/1111111111", **key)[0] == 200)
         ran = subprocess.run(
             [
                 *(sys.executable, "-m", "schemathesis.cli", "run", str(description)),
                 *("--url", f"http://127.0.0.1:{running.port}/", "--phases", "examples,coverage,fuzzing,stateful"),
                 *("--checks", "all", "--exclude-checks", "positive_data_acceptance", "--warnings", "off", "--no-color"),
+                *("--header", f"Authorization: {key['Authorization']}"),
                 *(
                     "--max-examples",
                     str(scale.times(2_000, 20)),

@@ -12,11 +12,11 @@ from tests.api.test_process import Service, wait_until
 
 
 @contextlib.contextmanager
-def service(log_level: str = "WARNING") -> Iterator[Service]:
+def service(log_level: str = "WARNING", **settings: str) -> Iterator[Service]:
     """A service that answers, in a temporary folder; it is stopped afterwards, and PostgreSQL with it."""
     with tempfile.TemporaryDirectory(prefix="wallet-proof-") as folder:
         Path(folder).chmod(0o711)
-        running = Service(Path(folder) / "data", Path(folder) / "log", LOG_LEVEL=log_level)
+        running = Service(Path(folder) / "data", Path(folder) / "log", LOG_LEVEL=log_level, **settings)
         try:
             wait_until(running.is_up)
             yield running
