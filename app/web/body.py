@@ -8,6 +8,7 @@ from aiohttp import HttpVersion11, hdrs, web
 from aiohttp.http_exceptions import HttpProcessingError
 
 from app.calls.parties import PARTY, see_share
+from app.web.keys import see_again
 from app.web.problems import Problem, invalid
 
 JSON = "application/json"
@@ -100,7 +101,7 @@ async def receive_body(request: web.Request, limit: int) -> Body:
             room, size = request.app[ROOM], len(body) if len(body) > BODY_LIMIT else 0
             room.take(size)
             return Body(body, room, size)
-        return await _receive(request, limit)
+        received = await _receive(request, limit)
     except (web.RequestPayloadError, HttpProcessingError) as error:
         _forget(error)
         raise invalid(["body"], "the body does not decode as its headers say") from None
@@ -109,6 +110,11 @@ async def receive_body(request: web.Request, limit: int) -> Body:
         raise invalid(["body"], "the body ended before its end") from None
     except TimeoutError:
         raise Problem(408, "request_timeout", f"The body did not arrive within {BODY_TIMEOUT:g} seconds") from None
+    with contextlib.ExitStack() as stack:
+        stack.push(received)
+        await see_again(request)
+        stack.pop_all()
+    return received
 
 
 def check_content_type(request: web.Request) -> None:

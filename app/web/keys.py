@@ -47,6 +47,7 @@ class Key(NamedTuple):
     scopes: frozenset[str]
     prefix: str
     until: float
+    digest: bytes = b""
 
 
 ANYBODY = Key("", frozenset(("read", "create", *OPERATE, "admin", "metrics")), "", math.inf)
@@ -77,7 +78,7 @@ class Keys:
         if secret.startswith("wk_") and len(secret) <= SECRET_LIMIT and secret.isascii():
             key = await self.find(hashlib.sha256(secret.encode()).digest())
         if key is None:
-            raise unauthorized("The key is unknown, expired or revoked", error="invalid_token")
+            raise unknown()
         PARTY.set(key.name)
         if key.scopes.isdisjoint(scopes):
             raise out_of_scope(*scopes)
@@ -134,6 +135,7 @@ class Keys:
                 frozenset(row["scopes"]),
                 row["wallet_prefix"] or "",
                 math.inf if row["seconds"] is None else began + row["seconds"],
+                row["digest"],
             )
             for row in await live_keys(connection)
         }
@@ -156,6 +158,16 @@ async def keep(app: web.Application) -> AsyncIterator[None]:
 async def admit_anybody(request: web.Request, scopes: Sequence[str]) -> None:
     """Take every request, whatever it needs."""
     request[CALLER] = ANYBODY
+
+
+async def see_again(request: web.Request) -> None:
+    """Look at the caller's key again, after a body that took its time: it may be revoked or expired by now.
+
+    Raises Problem: 401; and TimeoutError if the keys cannot be read.
+    """
+    caller = request.get(CALLER, ANYBODY)
+    if caller is not ANYBODY and await request.app[KEYS].find(caller.digest) is None:
+        raise unknown()
 
 
 def presented(request: web.Request) -> str | None:
@@ -189,6 +201,11 @@ def permit_operations(request: web.Request, operations: Sequence[Request]) -> No
             raise out_of_scope(scope, place=f"operation {number}: ")
         if not operation.wallet_uuid.startswith(caller.prefix):
             raise out_of_reach(caller, place=f"operation {number}: ")
+
+
+def unknown() -> Problem:
+    """Return the 401 for a key that is none, or none any more."""
+    return unauthorized("The key is unknown, expired or revoked", error="invalid_token")
 
 
 def unauthorized(detail: str, **parameters: str) -> Problem:

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import itertools
+import json
 import tracemalloc
 from collections.abc import AsyncIterator, Iterator
 from typing import Any, NamedTuple
@@ -503,6 +504,32 @@ async def test_a_revoked_key_is_not_trusted_any_longer_because_the_database_is_a
     await proxy.listen(where)
     await until(lambda: superuser.execute(SESSIONS).fetchone() == (1,))
     await problem(await client.get("/metrics", headers=bearer(secret)), 401, "unauthorized")
+
+
+@pytest.mark.usefixtures("soon")
+@pytest.mark.parametrize("route", ["/api/v1/wallets/w/operation", "/api/v1/operations"])
+async def test_a_key_that_is_revoked_while_a_body_comes_in_moves_no_money(
+    superuser: psycopg.Connection, database_url: str, aiohttp_client: AiohttpClient, route: str
+) -> None:
+    client = await make_client(database_url, aiohttp_client)
+    superuser.execute("select from wallet.create_wallet('w')")
+    secret = make_key(superuser, "slow", "deposit", "metrics")
+    await knows(client, secret)
+    one = {"operation_uuid": HOLD, "operation_type": "DEPOSIT", "amount": 1}
+    body = json.dumps({"operations": [{"wallet_uuid": "w", **one}]} if route.endswith("s") else one).encode()
+
+    async def slowly() -> AsyncIterator[bytes]:
+        yield body[:10]
+        superuser.execute("select from wallet.revoke_key('slow')")
+        async with asyncio.timeout(10):
+            while (await client.get("/metrics", headers=bearer(secret))).status == 200:
+                await asyncio.sleep(0.01)
+        yield body[10:]
+
+    answer = await client.post(route, data=slowly(), headers={"Content-Type": "application/json", **bearer(secret)})
+
+    await problem(answer, 401, "unauthorized")
+    assert books(superuser) == [("w", "OPEN", 0)]
 
 
 SESSIONS = (

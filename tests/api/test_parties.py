@@ -200,6 +200,7 @@ def test_a_party_has_as_much_as_it_leaves_and_without_parties_all_may_be_had() -
 
     assert had("", 0) == 32
     assert (had("flood", 0), had("quiet", 16), had("third", 24)) == (16, 8, 4)
+    assert had("last", 31) == 1  # the smallest settings are for somebody, too
     PARTY.set("")
 
 
