@@ -270,7 +270,7 @@ async def wallet_is_locked(trial: Trial) -> None:
         change = "select wallet.apply_operation($1, gen_random_uuid(), 'DEPOSIT', 1)"
         await somebody.fetch(change, wallet)
         async with others_go_on(trial, wallet, {LOCKED}):
-            await asyncio.sleep(trial.random.uniform(2, 4))  # the fault itself
+            await asyncio.sleep(trial.random.uniform(3, 5))  # the fault itself
         await open_for_long.rollback()
     finally:
         somebody.terminate()
@@ -412,6 +412,8 @@ class Fault:
 
 
 QUICK = {"REQUEST_DEADLINE": "1"}
+UNHURRIED = {"REQUEST_DEADLINE": "2"}
+"""A call waits for a lock for 3 % of it: with less, wallets that are merely busy look locked on a slow machine."""
 """So that an outage longer than the deadline need not be long."""
 SOON_FINAL = {"REQUEST_DEADLINE": "5"}
 """So that what nobody answered is soon final."""
@@ -428,8 +430,8 @@ FAULTS = {
     "disk-full": Fault(disk_is_full, 20, 1, Outage.LONGER, settings=QUICK, server=small_disk),
     "connections-exhausted": Fault(connections_are_exhausted, 6, 1, Outage.LONGER, settings=QUICK),
     "read-only": Fault(database_is_read_only, 6, 1, Outage.LONGER, settings=QUICK),
-    "wallet-locked": Fault(wallet_is_locked, 20, 2, Outage.LONGER, settings=QUICK, no_call_is_lost=True),
-    "wallet-refused": Fault(database_refuses_a_wallet, 20, 2, Outage.LONGER, settings=QUICK, no_call_is_lost=True),
+    "wallet-locked": Fault(wallet_is_locked, 20, 2, Outage.LONGER, settings=UNHURRIED, no_call_is_lost=True),
+    "wallet-refused": Fault(database_refuses_a_wallet, 20, 2, Outage.LONGER, settings=UNHURRIED, no_call_is_lost=True),
     "sessions-poisoned": Fault(sessions_are_poisoned, 20, 2, Outage.LONGER, settings=QUICK),
     "log-not-read": Fault(log_is_not_read, 20, 2, Outage.SHORTER, settings={"LOG_LEVEL": "INFO"}),
     "uploads-aborted": Fault(uploads_are_aborted, 20, 2, Outage.SHORTER, no_call_is_lost=True),
