@@ -201,9 +201,9 @@ class Places:
         return len(self._turns)
 
     @contextlib.asynccontextmanager
-    async def place(self, since: float | None = None) -> AsyncIterator[None]:
-        """Lend a place. `since`: as for `take`."""
-        began = await self.take(since)
+    async def place(self) -> AsyncIterator[None]:
+        """Lend a place."""
+        began = await self.take()
         try:
             yield
         finally:
