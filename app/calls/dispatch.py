@@ -9,7 +9,7 @@ from aiohttp import web
 
 from app.calls.database import IDLE, SETTINGS, deadline_of
 from app.calls.lane import BULK_BATCH, HEADROOM, Lane, Siding
-from app.calls.line import Line, Outcome, Request, refused
+from app.calls.line import UNTRIED, Line, Outcome, Request
 from app.calls.parties import PARTIES
 from app.calls.refusals import Overloaded
 from app.calls.trouble import Trouble
@@ -80,7 +80,7 @@ async def _apply(app: web.Application, lane: Lane, requests: Sequence[Request]) 
     trouble = app[TROUBLE]
     if not trouble.wallets:
         return await _settle(app, requests, await lane.apply(requests), last)
-    outcomes = [refused("55P03")] * len(requests)
+    outcomes = [UNTRIED] * len(requests)
     free = [number for number, request in enumerate(requests) if not trouble.meets(request)]
     if free:
         for number, outcome in zip(free, await lane.apply([requests[number] for number in free]), strict=True):
@@ -139,7 +139,7 @@ async def keep_lanes(app: web.Application) -> AsyncIterator[None]:
     app[LANES], app[BULK], app[SIDING], app[TROUBLE] = lanes, bulk, siding, trouble
     kept = [(lane, Line(settings)) for lane in lanes]
     lent = [(bulk, Line(settings, BULK_PATIENCE)) for _ in range(BULK_LINES)]
-    lent += [(siding, Line(settings, SIDING_PATIENCE)) for _ in range(SIDING_LINES)]
+    lent += [(siding, Line(settings, SIDING_PATIENCE, thorough=True)) for _ in range(SIDING_LINES)]
     tasks = [asyncio.create_task(lane.run(line)) for lane, line in kept]
     tasks += [asyncio.create_task(lane.run(line, IDLE)) for lane, line in lent]
     yield

@@ -26,7 +26,7 @@ from operator import attrgetter
 from typing import NamedTuple
 
 from app.calls.database import LEAD, deadline_of
-from app.calls.line import Line, Outcome, Request, refused
+from app.calls.line import UNTRIED, Line, Outcome, Request
 from app.calls.parties import PARTY, ByTurns, Parties, see_share
 from app.calls.refusals import Overloaded
 from app.calls.trouble import Trouble
@@ -212,7 +212,7 @@ class Lane:
             if waiting.outcomes.done():  # it was given up before it was sent
                 continue
             if self._trouble.wallets and len(waiting.requests) == 1 and self._trouble.meets(waiting.requests[0]):
-                waiting.outcomes.set_result([refused("55P03")])
+                waiting.outcomes.set_result([UNTRIED])
                 continue
             taken.append(waiting)
             room -= len(waiting.requests)
@@ -300,7 +300,7 @@ class Siding(Lane):
         Those of what stayed locked up to the deadline (on the loop's clock) are 55P03, or what their wallet is known
         for. Raises TimeoutError if the outcome is unknown at the deadline.
         """
-        outcomes = [refused("55P03")] * len(requests)
+        outcomes = [UNTRIED] * len(requests)
         tried = 0.0
         with contextlib.suppress(Overloaded):  # what may not wait is not applied either
             while locked := [number for number, outcome in enumerate(outcomes) if outcome.is_locked()]:
@@ -321,7 +321,7 @@ class Siding(Lane):
         If it was not tried up to the deadline, each of its requests is 55P03, or what one of its wallets is known for.
         Raises TimeoutError if the outcome is unknown at the deadline, and Overloaded.
         """
-        outcomes = outcomes or [refused("55P03")] * len(requests)
+        outcomes = outcomes or [UNTRIED] * len(requests)
         tried = 0.0
         while any(map(Outcome.is_locked, outcomes)):
             if self._loop.time() >= until - self._headroom:
@@ -364,7 +364,7 @@ class Siding(Lane):
             if waiting.outcomes.done():
                 continue
             if waiting.until <= least:
-                waiting.outcomes.set_result([] if waiting.atomic else [refused("55P03")] * len(waiting.requests))
+                waiting.outcomes.set_result([] if waiting.atomic else [UNTRIED] * len(waiting.requests))
             elif taken and (alone or len(waiting.requests) > room or not met.isdisjoint(waiting.wallets)):
                 left.append(waiting)
             else:

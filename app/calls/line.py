@@ -6,6 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from datetime import datetime, timedelta
+from itertools import compress
 from typing import Any, NamedTuple
 from uuid import UUID
 
@@ -134,6 +135,25 @@ class Outcome(NamedTuple):
         return None if self.operation is None else operation_of(self.operation)
 
 
+class Found:
+    """What came of the earlier parts of a call: which operations they applied, to which wallets something was refused.
+
+    A transfer that the database refuses says of neither wallet that it is the one.
+    """
+
+    def __init__(self) -> None:
+        self.applied: set[UUID] = set()
+        self.refused: set[str] = set()
+
+    def note(self, requests: Sequence[Request], outcomes: Sequence[Outcome]) -> None:
+        """Note what came of a part."""
+        for request, outcome in zip(requests, outcomes, strict=True):
+            if outcome.sqlstate is None:
+                self.applied.add(request.operation_uuid)
+            elif not (outcome.is_ours() or outcome.is_locked()) and request.counterparty_uuid is None:
+                self.refused.add(request.wallet_uuid)
+
+
 class Line:
     """A connection to wallet.apply_operations that survives whatever happens to the connection.
 
@@ -142,8 +162,10 @@ class Line:
     duplicate of the very same request, and is the success that it is.
     """
 
-    def __init__(self, settings: Settings, patience: float = 1) -> None:
+    def __init__(self, settings: Settings, patience: float = 1, *, thorough: bool = False) -> None:
+        """`thorough`: a request is tried whatever the database has refused to its wallet before, in the same call."""
         assert settings.database_url is not None
+        self._thorough = thorough
         self._url = settings.database_url
         self._deadline = settings.request_deadline
         self._lock_timeout = patience * min(LOCK_TIMEOUT, LOCK_SHARE * settings.request_deadline)
@@ -180,7 +202,7 @@ class Line:
         try:
             async with asyncio.timeout_at(last):
                 if atomic or most is None or len(requests) <= most:
-                    outcomes = await self._apply(requests, last, set(), atomic)
+                    outcomes = await self._apply(requests, last, Found(), atomic)
                 else:
                     outcomes = await self._apply_in_parts(requests, last, most)
         except TimeoutError:
@@ -197,24 +219,31 @@ class Line:
     async def _apply_in_parts(self, requests: Sequence[Request], last: float, most: int) -> list[Outcome]:
         """Make calls of `most` requests each, one after another, and leave the database to others in between."""
         loop = asyncio.get_running_loop()
-        lost, own, outcomes, took = self._lost, set[UUID](), list[Outcome](), 0.0
+        lost, found, outcomes, took = self._lost, Found(), list[Outcome](), 0.0
         for begin in range(0, len(requests), most):
             await asyncio.sleep(min(took, REST))
             self._lost = lost  # if a call of the part before was lost, this one was not in it
             part, began = requests[begin : begin + most], loop.time()
-            found = await self._apply(part, last, own)
-            own.update(r.operation_uuid for r, o in zip(part, found, strict=True) if o.sqlstate is None)
-            outcomes += found
+            came = await self._apply(part, last, found)
+            found.note(part, came)
+            outcomes += came
             took = loop.time() - began
         return outcomes
 
     async def _apply(
-        self, requests: Sequence[Request], last: float, own: set[UUID], atomic: bool = False
+        self, requests: Sequence[Request], last: float, found: Found, atomic: bool = False
     ) -> list[Outcome]:
         """Make a call until it has an answer; in halves, down to the culprit, if the database refuses it as a whole.
 
-        `own`: the operations that earlier parts of the same call have applied, if it is made in parts.
+        `found`: what came of earlier parts of the same call, if it is made in parts. What is for a wallet to which the
+        database has refused something is not tried, and 55P03: each would be a culprit that the others wait for.
         """
+        if found.refused and not (self._lost or self._thorough):
+            tried = [found.refused.isdisjoint(request.wallets()) for request in requests]
+            if not all(tried):
+                rest = list(compress(requests, tried))
+                came = iter(await self._apply(rest, last, found) if rest else ())
+                return [next(came) if each else UNTRIED for each in tried]
         pause = pauses()
         objection = None
         now = asyncio.get_running_loop().time()
@@ -227,7 +256,7 @@ class Line:
                     called = True
                     last_there = clock + timedelta(seconds=limit - self._clock_read)
                     outcomes = await self._call(requests, limit, last_there, atomic)
-                return _recognise(requests, outcomes, own, atomic) if self._lost else outcomes
+                return _recognise(requests, outcomes, found.applied, atomic) if self._lost else outcomes
             except (asyncpg.PostgresError, *NO_ANSWER) as error:
                 sqlstate = getattr(error, "sqlstate", None) or "22000"
                 told = f"SQLSTATE {sqlstate}: {error}" if nothing_changed(error) else type(error).__name__
@@ -236,11 +265,9 @@ class Line:
                 if called and not is_passing(error):
                     if len(requests) > 1 and not atomic:
                         half = len(requests) // 2
-                        first = await self._apply(requests[:half], last, own)
-                        own.update(
-                            r.operation_uuid for r, o in zip(requests, first, strict=False) if o.sqlstate is None
-                        )
-                        return [*first, *await self._apply(requests[half:], last, own)]
+                        first = await self._apply(requests[:half], last, found)
+                        found.note(requests[:half], first)
+                        return [*first, *await self._apply(requests[half:], last, found)]
                     if sqlstate == objection or (is_deliberate(error) and not atomic):
                         return [refused(sqlstate)] * len(requests)
                     objection = sqlstate
@@ -370,10 +397,16 @@ def refused(sqlstate: str) -> Outcome:
     return Outcome._make((sqlstate, LOCKED if sqlstate == "55P03" else REFUSED, *[None] * 5))
 
 
+UNTRIED = refused("55P03")
+"""The outcome of what was not in any call yet: it is tried on the siding."""
+
+
 def count(requests: Sequence[Request], outcomes: Sequence[Outcome]) -> None:
     """Count what was decided, by type and outcome."""
     kinds = Counter(
-        (request.operation_type, outcome.sqlstate) for request, outcome in zip(requests, outcomes, strict=True)
+        (request.operation_type, outcome.sqlstate)
+        for request, outcome in zip(requests, outcomes, strict=True)
+        if outcome is not UNTRIED
     )
     for (operation_type, sqlstate), number in kinds.items():
         OPERATIONS.labels(operation_type, "applied" if sqlstate is None else code_of(sqlstate)).inc(number)

@@ -471,6 +471,42 @@ async def test_what_the_database_refuses_to_one_is_answered_to_that_one(
     assert applied(await history(client, "w"), A) == []
 
 
+class CountingLine(Line):
+    """A line that counts its calls."""
+
+    calls = 0
+
+    async def _call(self, *how: Any) -> list[Outcome]:
+        self.calls += 1
+        return await super()._call(*how)
+
+
+async def test_what_the_database_refuses_to_a_wallet_costs_a_call_no_more_for_being_many(
+    client: TestClient, database_url: str, superuser: psycopg.Connection
+) -> None:
+    superuser.execute(DEFERRED)
+    calls = {}
+    for culprits in (1, 20):
+        line = CountingLine(Settings(database_url=database_url))
+        requests = [Request("w", uuid4(), "DEPOSIT", 1) for _ in range(culprits)]
+        requests += [Request(OTHERS[0], uuid4(), "TRANSFER", 1, "w")]
+        requests += [Request(wallet, uuid4(), "DEPOSIT", 1) for wallet in OTHERS]
+        requests[1::2], requests[::2] = requests[: len(requests) // 2], requests[len(requests) // 2 :]
+        outcomes = await line.apply(requests, now() + 5)
+        await line.close()
+        calls[culprits] = line.calls
+        told = Counter(
+            (request.wallets() == ("w",), outcome.sqlstate)
+            for request, outcome in zip(requests, outcomes, strict=True)
+            if request.operation_type == "DEPOSIT"
+        )
+        assert told.pop((False, None)) == 20
+        assert told.pop((True, "P0001")) == 1
+        assert told == ({(True, "55P03"): culprits - 1} if culprits > 1 else {})
+    assert calls[20] <= calls[1] + 4
+    assert await balance(client, "w") == 100
+
+
 async def test_a_refusal_of_the_database_hides_no_duplicate_of_the_others(
     client: TestClient, superuser: psycopg.Connection
 ) -> None:

@@ -412,9 +412,9 @@ class Fault:
 
 
 QUICK = {"REQUEST_DEADLINE": "1"}
+"""So that an outage longer than the deadline need not be long."""
 UNHURRIED = {"REQUEST_DEADLINE": "2"}
 """A call waits for a lock for 3 % of it: with less, wallets that are merely busy look locked on a slow machine."""
-"""So that an outage longer than the deadline need not be long."""
 SOON_FINAL = {"REQUEST_DEADLINE": "5"}
 """So that what nobody answered is soon final."""
 
