@@ -248,9 +248,14 @@ async def others_go_on(trial: Trial, wallet: str, may_be: set[str]) -> AsyncIter
     for outcome in told.keys() & {UNKNOWN, *NOT_APPLIED} - may_be:
         trial.account.findings.append(f"the wallet's own requests were answered {outcome}")
     innocent = [one for concerned, one in attempts if not concerned]
-    for outcome, times in Counter(one.outcome for one in innocent).items():
-        if outcome in (UNKNOWN, *NOT_APPLIED):
-            trial.account.findings.append(f"{times} requests for other wallets were answered {outcome}")
+    for outcome in (UNKNOWN, *sorted(NOT_APPLIED)):
+        if failed := [one for one in innocent if one.outcome == outcome]:
+            sent = [one.sent - began for one in failed]
+            in_bulk = sum(one.in_bulk for one in failed)
+            trial.account.findings.append(
+                f"{len(failed)} requests for other wallets were answered {outcome}: {in_bulk} in bulk"
+                f", sent {min(sent):.2f} to {max(sent):.2f} s after the fault began"
+            )
     seconds = sorted(one.ended - one.sent for one in innocent if not one.in_bulk)
     p99 = seconds[len(seconds) * 99 // 100] if seconds else float("inf")
     slowest = trial.account.figures.get("worst p99 of the others ms", 0)
