@@ -203,4 +203,4 @@ def test_the_first_commands_run_and_test_the_service() -> None:
     """.ci/run takes them from here."""
     run_it, test_it = blocks("sh")[:2]
     assert run_it.rstrip().endswith("-m app")
-    assert test_it.rstrip().endswith("-m pytest -q -n 3")
+    assert test_it.rstrip().endswith("-m pytest -q -n 4")
