@@ -352,7 +352,7 @@ Examples are dark for every reader: for them the luminance is null.
 
 @unfolds
 async def test_the_page_is_as_dark_as_the_reader_wants_it(unfolded: webdriver.Chrome) -> None:
-    """At once, and after the reader has changed his mind, either way."""
+    """Also after he has changed his mind, either way."""
     page = unfolded
 
     def see(scheme: str) -> None:
