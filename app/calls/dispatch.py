@@ -46,7 +46,7 @@ async def apply_one(app: web.Application, request: Request) -> Outcome:
         [outcome] = await _apply(app, lane, [request])
         return outcome
     last = deadline_of(app[SETTINGS].request_deadline)
-    [outcome] = await lane.apply([request])
+    [outcome] = await lane.apply([request], until=last)
     if outcome.is_locked():
         [outcome] = await _settle(app, [request], [outcome], last)
     return outcome
@@ -65,7 +65,7 @@ async def _apply_atomic(app: web.Application, requests: Sequence[Request]) -> li
     last = deadline_of(app[SETTINGS].request_deadline)
     outcomes = None
     if not trouble.wallets or not any(map(trouble.meets, requests)):
-        outcomes = await bulk.apply(requests, atomic=True)
+        outcomes = await bulk.apply(requests, atomic=True, until=last)
     try:
         return await app[SIDING].apply_atomic(requests, last, outcomes)
     except Overloaded:
@@ -79,11 +79,12 @@ async def _apply(app: web.Application, lane: Lane, requests: Sequence[Request]) 
     last = deadline_of(app[SETTINGS].request_deadline)
     trouble = app[TROUBLE]
     if not trouble.wallets:
-        return await _settle(app, requests, await lane.apply(requests), last)
+        return await _settle(app, requests, await lane.apply(requests, until=last), last)
     outcomes = [UNTRIED] * len(requests)
     free = [number for number, request in enumerate(requests) if not trouble.meets(request)]
     if free:
-        for number, outcome in zip(free, await lane.apply([requests[number] for number in free]), strict=True):
+        found = await lane.apply([requests[number] for number in free], until=last)
+        for number, outcome in zip(free, found, strict=True):
             outcomes[number] = outcome
     return await _settle(app, requests, outcomes, last)
 

@@ -114,14 +114,17 @@ class Lane:
         self._watched = math.inf
         self._counting = False
 
-    def apply(self, requests: Sequence[Request], *, atomic: bool = False) -> asyncio.Future[list[Outcome]]:
+    def apply(
+        self, requests: Sequence[Request], *, atomic: bool = False, until: float | None = None
+    ) -> asyncio.Future[list[Outcome]]:
         """Queue requests and return the future of their outcomes, in order, or of a TimeoutError at their deadline.
 
-        They go in one call, and `atomic` ones share it with nobody. Raises Overloaded if too many clients wait already.
+        They go in one call, and `atomic` ones share it with nobody. `until` is their deadline, if it is known already.
+        Raises Overloaded if too many clients wait already.
         """
         self._admit()
-        party = PARTY.get()
-        waiting = Waiting(requests, self._loop.create_future(), deadline_of(self._deadline), atomic, party)
+        until = until or deadline_of(self._deadline)
+        waiting = Waiting(requests, self._loop.create_future(), until, atomic, PARTY.get())
         self._insert(waiting)
         return waiting.outcomes
 
@@ -158,6 +161,9 @@ class Lane:
         while True:
             while not self._is_due():
                 self._arrived.clear()
+                if idle is None:
+                    await self._arrived.wait()
+                    continue
                 try:
                     async with asyncio.timeout(idle):
                         await self._arrived.wait()
@@ -171,8 +177,9 @@ class Lane:
 
     def _is_due(self) -> bool:
         """Tell whether anything may go now."""
-        away = self._away()
-        return bool(self._waiting) and (not away or any(queue[0].party not in away for queue in self._waiting.queues()))
+        if not self._waiting or not (away := self._away()):
+            return bool(self._waiting)
+        return any(queue[0].party not in away for queue in self._waiting.queues())
 
     def _away(self) -> set[str]:
         """Return who has a long call under way, while there are several: other lines are left to the others."""

@@ -200,11 +200,10 @@ class Line:
         BATCH_SIZE.observe(len(requests))
         CALLS_IN_FLIGHT.inc()
         try:
-            async with asyncio.timeout_at(last):
-                if atomic or most is None or len(requests) <= most:
-                    outcomes = await self._apply(requests, last, Found(), atomic)
-                else:
-                    outcomes = await self._apply_in_parts(requests, last, most)
+            if atomic or most is None or len(requests) <= most:
+                outcomes = await self._apply(requests, last, Found(), atomic)
+            else:
+                outcomes = await self._apply_in_parts(requests, last, most)
         except TimeoutError:
             self._lost = True  # a part of the call may have been applied
             await self._end_abandoned()
@@ -244,20 +243,24 @@ class Line:
                 rest = list(compress(requests, tried))
                 came = iter(await self._apply(rest, last, found) if rest else ())
                 return [next(came) if each else UNTRIED for each in tried]
-        pause = pauses()
+        loop = asyncio.get_running_loop()
+        pause = None
         objection = None
-        now = asyncio.get_running_loop().time()
+        now = loop.time()
         limit = min(last, now + max(FIRST_ATTEMPT * (last - now), LEAST_ATTEMPT * self._deadline))
         while True:
             called = False
             try:
-                async with asyncio.timeout_at(limit):
-                    clock = await self._prepare()
-                    called = True
-                    last_there = clock + timedelta(seconds=limit - self._clock_read)
-                    outcomes = await self._call(requests, limit, last_there, atomic)
+                if (clock := self._ready()) is None:
+                    async with asyncio.timeout_at(limit):
+                        clock = await self._prepare()
+                called = True
+                last_there = clock + timedelta(seconds=limit - self._clock_read)
+                outcomes = await self._call(requests, limit, last_there, atomic)
                 return _recognise(requests, outcomes, found.applied, atomic) if self._lost else outcomes
             except (asyncpg.PostgresError, *NO_ANSWER) as error:
+                if isinstance(error, TimeoutError) and loop.time() >= last:
+                    raise
                 sqlstate = getattr(error, "sqlstate", None) or "22000"
                 told = f"SQLSTATE {sqlstate}: {error}" if nothing_changed(error) else type(error).__name__
                 _log.warning("a call failed and is made again: %s", told, extra={"sqlstate": sqlstate})
@@ -273,7 +276,8 @@ class Line:
                     objection = sqlstate
             RESENDS.inc()
             limit = last
-            await asyncio.sleep(next(pause))
+            pause = pause or pauses()
+            await asyncio.sleep(min(next(pause), max(last - loop.time(), 0)))
 
     async def open(self) -> None:
         """Connect, if the database can be reached at once: a line that is there first has its place."""
@@ -291,18 +295,24 @@ class Line:
     async def _call(
         self, requests: Sequence[Request], last: float, last_there: datetime, atomic: bool
     ) -> list[Outcome]:
+        """Make a call. asyncpg keeps the time: asyncio.timeout costs as much as the rest of this."""
+        loop = asyncio.get_running_loop()
+        left = last - loop.time()
+        if left <= 0:
+            raise TimeoutError
         try:
             if len(requests) == 1:  # the shorter way for a lone client
                 [request] = requests
                 query, arguments = (_APPLY_ONE, request[:4]) if request.is_plain() else (_APPLY_ONE_WHOLE, request[:8])
                 try:
-                    return [Outcome._make(await self._connection.fetchrow(query, *arguments, last_there))]
+                    row = await self._connection.fetchrow(query, *arguments, last_there, timeout=left)
+                    return [Outcome._make(row)]
                 except asyncpg.LockNotAvailableError:
                     return [refused("55P03")]
                 except asyncpg.PostgresError as error:
                     if not isinstance(error, Refusal) and is_passing(error):
                         raise
-                    # the array function explains it
+                    left = last - loop.time()  # the array function explains it
             wallets, operations, types, amounts, counterparties, *others, whole = zip(*requests, strict=True)
             query = _APPLY
             columns: list[object] = [_literal(wallets), operations, _literal(types), amounts]
@@ -310,7 +320,8 @@ class Line:
             if atomic or any(optional) or any(whole):
                 query = _APPLY_WHOLE
                 columns += [optional[0] and _literal_or_null(counterparties), *optional[1:], atomic]
-            return [Outcome._make(row) for row in await self._connection.fetch(query, *columns, last_there)]
+            rows = await self._connection.fetch(query, *columns, last_there, timeout=left)
+            return [Outcome._make(row) for row in rows]
         except BaseException as error:
             if not session_survives(error):
                 if not nothing_changed(error):  # it ended, perhaps between the commit and the answer
@@ -322,6 +333,12 @@ class Line:
                 else:
                     await self.close()
             raise
+
+    def _ready(self) -> datetime | None:
+        """Return what _prepare returns if there is nothing to prepare, else None."""
+        if self._connection is None or self._connection.is_closed() or self._abandoned is not None:
+            return None
+        return self._clock if asyncio.get_running_loop().time() - self._clock_read <= CLOCK_AGE else None
 
     async def _prepare(self) -> datetime:
         """Have a connection and no abandoned backend; return the time by the database's clock at `_clock_read`.

@@ -38,7 +38,7 @@ class Parties:
         self._limit = limit
         self._in_flight: Counter[str] = Counter()
         self._last = ""
-        self._changed = -COMPANY
+        self._changed = 0.0
         self._arrived: ByTurns[asyncio.Future[None]] = ByTurns()
 
     async def enter(self, party: str) -> None:
@@ -70,7 +70,7 @@ class Parties:
 
     def in_company(self) -> bool:
         """Tell whether several parties ask: another one than the last asked a moment ago."""
-        return asyncio.get_running_loop().time() - self._changed < COMPANY
+        return bool(self._changed) and asyncio.get_running_loop().time() - self._changed < COMPANY
 
     async def _turn(self, party: str) -> None:
         if self.in_company():

@@ -145,7 +145,7 @@ class Connection(web.RequestHandler):
 
     def data_received(self, data: bytes) -> None:
         """Parse what came, and count it if it belongs to a head that is not whole yet."""
-        known, belongs_to_head = self._request_count, self._body.is_eof()
+        known, belongs_to_head = self._request_count, self._body is EMPTY_PAYLOAD or self._body.is_eof()
         super().data_received(data)
         if self._request_count != known:
             message, body = self._messages[-1]
@@ -153,12 +153,17 @@ class Connection(web.RequestHandler):
                 self._body.set_exception(web.RequestPayloadError(message.message))
             self._body = EMPTY_PAYLOAD if body.is_eof() else body  # else each would live until the next request
             self._head = 0
-        elif belongs_to_head and (self._head or data.strip()) and not self._close:  # RFC 9112, section 2.2
+        elif data and belongs_to_head and (self._head or data.strip()) and not self._close:  # RFC 9112, section 2.2
             if self._head == 0:
                 self._head_began = self._loop.time()
             self._head += len(data)
             if self._head > HEAD_LIMIT:
                 self.refuse(431)
+
+    def resume_reading(self, resume_parser: bool = True) -> None:  # noqa: FBT001, FBT002 (as in aiohttp)
+        """Resume what was paused. aiohttp asks for it after each body, and else parses nothing once more each time."""
+        if self._reading_paused:
+            super().resume_reading(resume_parser)
 
     def is_waiting(self) -> bool:
         """Tell whether nothing is being done for this connection: the next request is not here, or not whole."""

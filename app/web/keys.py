@@ -70,6 +70,7 @@ class Keys:
         Raises Problem: 401, 403; and TimeoutError if the keys cannot be read.
         """
         if not scopes:
+            request[CALLER] = ANYBODY
             return
         secret = presented(request)
         if secret is None:
@@ -165,7 +166,7 @@ async def see_again(request: web.Request) -> None:
 
     Raises Problem: 401; and TimeoutError if the keys cannot be read.
     """
-    caller = request.get(CALLER, ANYBODY)
+    caller = request[CALLER]
     if caller is not ANYBODY and await request.app[KEYS].find(caller.digest) is None:
         raise unknown()
 

@@ -2,10 +2,10 @@
 
 from aiohttp import web
 
-from app.web.keys import ANYBODY, CALLER, Key
+from app.web.keys import CALLER, Key
 
 
 def party_of(request: web.Request) -> str:
     """Return the name of the key that a request carries; "" where none is needed."""
-    caller: Key = request.get(CALLER, ANYBODY)
+    caller: Key = request[CALLER]
     return caller.name

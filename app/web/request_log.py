@@ -45,9 +45,12 @@ async def answer(
     given = request.headers.get("X-Request-ID", "")
     request_id = given if _GOOD_ID.fullmatch(given) else f"{random.getrandbits(64):016x}"
     REQUEST_ID.set(request_id)
-    PEER.set(peer := peer_of(request))
-    PARTY.set("")  # a connection's requests share a context
-    UNTIL.set(None)
+    if PEER.get() != (peer := peer_of(request)):  # a connection's requests share a context, and to look costs less
+        PEER.set(peer)
+    if PARTY.get():
+        PARTY.set("")
+    if UNTIL.get() is not None:
+        UNTIL.set(None)
     response: web.StreamResponse | None
     try:
         check_protocol(request)

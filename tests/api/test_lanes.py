@@ -936,6 +936,7 @@ async def test_what_a_call_in_parts_had_applied_when_it_was_given_up_is_recognis
 
     with monkeypatch.context() as changed:
         changed.setattr(line, "_prepare", hang_before_the_last_part)
+        changed.setattr(line, "_ready", lambda: None)
         with pytest.raises(TimeoutError):
             await line.apply(requests, now() + 1)
     assert [await balance(client, one) for one in ("w", "v", "refused")] == [105, 5, 0]
