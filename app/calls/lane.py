@@ -122,9 +122,10 @@ class Lane:
         They go in one call, and `atomic` ones share it with nobody. `until` is their deadline, if it is known already.
         Raises Overloaded if too many clients wait already.
         """
-        self._admit()
+        party = PARTY.get()
+        self._admit(party)
         until = until or deadline_of(self._deadline)
-        waiting = Waiting(requests, self._loop.create_future(), until, atomic, PARTY.get())
+        waiting = Waiting(requests, self._loop.create_future(), until, atomic, party)
         self._insert(waiting)
         return waiting.outcomes
 
@@ -136,12 +137,12 @@ class Lane:
 
     def see_room(self) -> None:
         """Raise Overloaded if too many clients wait already, or too many of this party."""
-        party, waiting = PARTY.get(), len(self._waiting)
-        if party or waiting >= self._limit:
-            see_share(self._limit, waiting, self._waiting.of(party), "Too many requests are waiting")
+        party = PARTY.get()
+        see_share(self._limit, len(self._waiting), self._waiting.of(party), "Too many requests are waiting")
 
-    def _admit(self) -> None:
-        self.see_room()
+    def _admit(self, party: str) -> None:
+        if party or len(self._waiting) >= self._limit:
+            self.see_room()
         self._arrived.set()
         if not self._counting:
             self._counting = True
@@ -213,7 +214,9 @@ class Lane:
         away = self._away()
 
         def fits(waiting: Waiting) -> bool:
-            return (not taken or (room >= len(waiting.requests) and not waiting.atomic)) and waiting.party not in away
+            if taken and (waiting.atomic or room < len(waiting.requests)):
+                return False
+            return not away or waiting.party not in away
 
         while (waiting := self._waiting.take(fits, _cost)) is not None:
             if waiting.outcomes.done():  # it was given up before it was sent
@@ -342,9 +345,10 @@ class Siding(Lane):
         self, requests: Sequence[Request], until: float, tried: float, *, atomic: bool = False
     ) -> asyncio.Future[list[Outcome]]:
         """Queue requests in the order of their deadlines."""
-        self._admit()
+        party = PARTY.get()
+        self._admit(party)
         wallets = frozenset(wallet for request in requests for wallet in request.wallets())
-        waiting = Waiting(requests, self._loop.create_future(), until, atomic, PARTY.get(), wallets, tried)
+        waiting = Waiting(requests, self._loop.create_future(), until, atomic, party, wallets, tried)
         self._insert(waiting)
         return waiting.outcomes
 

@@ -160,7 +160,7 @@ class Connection(web.RequestHandler):
             if self._head > HEAD_LIMIT:
                 self.refuse(431)
 
-    def resume_reading(self, resume_parser: bool = True) -> None:  # noqa: FBT001, FBT002 (as in aiohttp)
+    def resume_reading(self, resume_parser: bool = True) -> None:
         """Resume what was paused. aiohttp asks for it after each body, and else parses nothing once more each time."""
         if self._reading_paused:
             super().resume_reading(resume_parser)
