@@ -19,7 +19,8 @@ from asyncpg.connect_utils import SessionAttribute
 
 from app.calls.parties import Places
 from app.calls.records import Balance, Hold, Operation, Wallet, as_json, balance_of, hold_of, operation_of
-from app.calls.refusals import NO_ANSWER, Refusal
+from app.calls.refusals import NO_ANSWER, NO_SUCCESS, Refusal
+from app.calls.session import Session
 from app.metrics import POOL_IN_USE
 from app.settings import Settings
 
@@ -31,8 +32,15 @@ OPERATION = as_json(Operation)
 _BALANCE = as_json(Balance)
 _HOLD = as_json(Hold)
 
+REPLICATED = """
+select pg_logical_emit_message(true, 'wallet', ''::text) where current_setting('synchronous_standby_names') <> ''
+"""
+"""A statement whose commit waits until the synchronous standby, if there is one, has all that was visible before.
+
+A commit waits that has written to the log and has a transaction's number (src/backend/access/transam/xact.c).
+"""
 CONNECT_TIMEOUT = 5.0
-"""Seconds until an attempt to connect is given up."""
+"""Seconds until an attempt to connect is given up, or to close in good order."""
 FIRST_ATTEMPT = 0.5
 """The part of a deadline that a first attempt may take: a connection that goes nowhere leaves time for a second one."""
 LEAD = 0.05
@@ -68,6 +76,7 @@ async def connect(url: str, deadline: float, name: str = "wallet", *, lock_timeo
         url,
         timeout=CONNECT_TIMEOUT,
         server_settings={"application_name": name},
+        connection_class=Session,
         target_session_attrs=SessionAttribute.read_write if _names_several_hosts(url) else None,
     )
     _keep_alive(connection, deadline)
@@ -83,6 +92,12 @@ async def connect(url: str, deadline: float, name: str = "wallet", *, lock_timeo
         connection.terminate()
         raise
     return connection
+
+
+async def close(connection: Any) -> None:
+    """Close a connection once the call that was cancelled on it has ended (asyncpg asks for that), or after a time."""
+    with contextlib.suppress(*NO_SUCCESS):
+        await connection.close(timeout=CONNECT_TIMEOUT)
 
 
 def _keep_alive(connection: Any, deadline: float) -> None:
@@ -160,6 +175,7 @@ class Pool:
         self.deadline = deadline
         self._places = Places(size)
         self._idle: list[tuple[Any, float]] = []
+        self._ending: set[asyncio.Task[None]] = set()
 
     @contextlib.asynccontextmanager
     async def connection(self) -> AsyncIterator[Any]:
@@ -167,16 +183,28 @@ class Pool:
         async with self._places.place():
             connection = self._take() or await connect(self._url, self.deadline)
             POOL_IN_USE.inc()
+            good = True
             try:
                 yield connection
             except BaseException as error:
-                if not session_survives(error):
-                    connection.terminate()
+                good = session_survives(error)
                 raise
             finally:
                 POOL_IN_USE.dec()
                 if not connection.is_closed():
-                    self._idle.append((connection, asyncio.get_running_loop().time()))
+                    if good:
+                        self._idle.append((connection, asyncio.get_running_loop().time()))
+                    else:
+                        self._end(connection)
+
+    def _end(self, connection: Any) -> None:
+        """Close a connection whose call was given up, and have PostgreSQL end the call.
+
+        A commit that waits for a standby has no statement_timeout, and does not notice that its client is gone.
+        """
+        ending = asyncio.create_task(close(connection))
+        self._ending.add(ending)
+        ending.add_done_callback(self._ending.discard)
 
     def _take(self) -> Any:
         """Return the connection that was used last, if there is an open one."""
@@ -232,6 +260,8 @@ class Pool:
         """Close the connections that are not lent."""
         while self._idle:
             self._idle.pop()[0].terminate()
+        for ending in self._ending:
+            ending.cancel()
 
 
 POOL = web.AppKey("pool", Pool)
@@ -296,7 +326,7 @@ async def create_wallet(pool: Pool, wallet_uuid: str | None, currency: str | Non
         except Refusal as error:
             if error.sqlstate != "WA419" or not error.after_a_lost_attempt:
                 raise
-            if wallet_uuid is None:  # the name is ours: an earlier attempt came through
+            if wallet_uuid is None:  # the name is ours: an earlier attempt came through, to the standby as well
                 return await get_balance(pool, name)
             raise TimeoutError from None
 
@@ -317,14 +347,27 @@ async def put_wallet(pool: Pool, wallet_uuid: str, currency: str | None) -> tupl
 
 async def _create_wallet(pool: Pool, name: str, currency: str | None) -> Balance:
     query = f"select {_BALANCE} from wallet.create_wallet($1, $2, $3)"
-    return _balance(await pool.fetch(query, name, currency, await _last_moment(pool)))
+    return _balance(await _change(pool, query, name, currency, await _last_moment(pool)))
 
 
 async def set_status(pool: Pool, wallet_uuid: str, status: str) -> Balance:
     """Give a wallet a status. Raises Refusal: WA400, WA404, WA417."""
     query = f"select {_BALANCE} from wallet.set_status($1, $2, $3)"
     async with asyncio.timeout_at(deadline_of(pool.deadline)):
-        return _balance(await pool.fetch(query, wallet_uuid, status, await _last_moment(pool)))
+        return _balance(await _change(pool, query, wallet_uuid, status, await _last_moment(pool)))
+
+
+async def _change(pool: Pool, query: str, *arguments: object) -> list[asyncpg.Record]:
+    """Make a call that changes something. What it is refused for is on the standby before it is told.
+
+    What is refused is taken back, and so waits for nothing. What it was refused for may be a call whose wait was ended.
+    """
+    try:
+        return await pool.fetch(query, *arguments)
+    except Refusal as error:
+        if error.sqlstate != "WA400":
+            await pool.fetch(REPLICATED)
+        raise
 
 
 async def _last_moment(pool: Pool) -> datetime:
