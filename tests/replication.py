@@ -1,6 +1,8 @@
 """A standby: a second server that follows a first one, whose commits may wait for it."""
 
+import contextlib
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import psycopg
@@ -20,6 +22,19 @@ def standby_of(primary: Postgres, home: Path, *settings: str, name: str = NAME, 
     subprocess.run([binaries / copy[0], *copy[1:], *where], check=True, capture_output=True)
     standby.start()
     return standby
+
+
+@contextlib.contextmanager
+def replicated(home: Path, folder: Path) -> Iterator[tuple[Postgres, Postgres]]:
+    """Run a copy of a data folder as a primary whose commits wait for its standby, and that."""
+    subprocess.run(["cp", "-a", home, folder / "primary"], check=True)
+    primary = Postgres(folder / "primary", "fsync=off", f"synchronous_standby_names={NAME}")
+    with contextlib.ExitStack() as stack:
+        stack.callback(primary.stop)
+        primary.start()
+        standby = standby_of(primary, folder / "standby", "fsync=off")
+        stack.callback(standby.stop)  # first: a primary stops when its standby has everything
+        yield primary, standby
 
 
 def execute(server: Postgres, *statements: str) -> list[tuple[object, ...]]:

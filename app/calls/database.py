@@ -3,24 +3,21 @@
 import asyncio
 import contextlib
 import logging
-import os
 import random
 import socket
 from collections.abc import AsyncIterator, Iterator
 from contextvars import ContextVar
 from datetime import datetime
 from typing import Any, TypeGuard
-from urllib.parse import parse_qs, urlsplit
 from uuid import UUID, uuid4
 
 import asyncpg
 from aiohttp import web
-from asyncpg.connect_utils import SessionAttribute
 
 from app.calls.parties import Places
 from app.calls.records import Balance, Hold, Operation, Wallet, as_json, balance_of, hold_of, operation_of
 from app.calls.refusals import NO_ANSWER, NO_SUCCESS, Refusal
-from app.calls.session import Session
+from app.calls.session import CONNECT_TIMEOUT, open_session
 from app.metrics import POOL_IN_USE
 from app.settings import Settings
 
@@ -39,8 +36,6 @@ select pg_logical_emit_message(true, 'wallet', ''::text) where current_setting('
 
 A commit waits that has written to the log and has a transaction's number (src/backend/access/transam/xact.c).
 """
-CONNECT_TIMEOUT = 5.0
-"""Seconds until an attempt to connect is given up, or to close in good order."""
 FIRST_ATTEMPT = 0.5
 """The part of a deadline that a first attempt may take: a connection that goes nowhere leaves time for a second one."""
 LEAD = 0.05
@@ -72,13 +67,7 @@ async def connect(url: str, deadline: float, name: str = "wallet", *, lock_timeo
     database have set, a commit is on disk before it is answered, and the isolation level is read committed.
     `name` is what pg_stat_activity calls the session.
     """
-    connection = await asyncpg.connect(
-        url,
-        timeout=CONNECT_TIMEOUT,
-        server_settings={"application_name": name},
-        connection_class=Session,
-        target_session_attrs=SessionAttribute.read_write if _names_several_hosts(url) else None,
-    )
+    connection = await open_session(url, server_settings={"application_name": name})
     _keep_alive(connection, deadline)
     try:  # by statements: a pooler refuses a session that begins with these settings
         await connection.execute(
@@ -113,13 +102,6 @@ def _keep_alive(connection: Any, deadline: float) -> None:
                 peer.setsockopt(socket.IPPROTO_TCP, number, value)
         if number := getattr(socket, "TCP_USER_TIMEOUT", None):
             peer.setsockopt(socket.IPPROTO_TCP, number, round(FIRST_ATTEMPT * deadline * 1000))
-
-
-def _names_several_hosts(url: str) -> bool:
-    parts = urlsplit(url)
-    query = parse_qs(parts.query)
-    hosts = query.get("host", [parts.netloc.rpartition("@")[2] or os.environ.get("PGHOST", "")])[-1]
-    return "," in hosts and "target_session_attrs" not in query and "PGTARGETSESSIONATTRS" not in os.environ
 
 
 def deadline_of(seconds: float) -> float:
@@ -192,10 +174,14 @@ class Pool:
             finally:
                 POOL_IN_USE.dec()
                 if not connection.is_closed():
-                    if good:
+                    if good and not connection.is_demoted():
                         self._idle.append((connection, asyncio.get_running_loop().time()))
                     else:
                         self._end(connection)
+
+    def _forget_idle(self) -> None:
+        while self._idle:
+            self._idle.pop()[0].terminate()
 
     def _end(self, connection: Any) -> None:
         """Close a connection whose call was given up, and have PostgreSQL end the call.
@@ -253,13 +239,13 @@ class Pool:
             except NO_ANSWER as error:
                 _log.warning("no answer from the database: %s", type(error).__name__)
                 lost = True
+                self._forget_idle()  # what they are connected to may be gone, too
             limit = None
             await asyncio.sleep(next(pause))
 
     def close(self) -> None:
         """Close the connections that are not lent."""
-        while self._idle:
-            self._idle.pop()[0].terminate()
+        self._forget_idle()
         for ending in self._ending:
             ending.cancel()
 

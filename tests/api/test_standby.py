@@ -24,28 +24,26 @@ from tests.api.test_lanes import until
 from tests.api.test_process import run
 from tests.conftest import open_folder
 from tests.proof.stand import signal_tree
-from tests.replication import NAME, execute, standby_of
+from tests.replication import execute, replicated
 
 ENDINGS = ("pg_cancel_backend", "pg_terminate_backend")
 Ask = Callable[[TestClient, str, UUID], Awaitable[ClientResponse]]
 
 
 @pytest.fixture(scope="module")
-def primary(used_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
-    """A migrated server whose commits wait for its standby."""
-    folder = open_folder(tmp_path_factory, "servers")
-    subprocess.run(["cp", "-a", used_home, folder / "primary"], check=True)
-    primary = Postgres(folder / "primary", "fsync=off", f"synchronous_standby_names={NAME}")
-    primary.start()
-    yield primary
-    primary.stop()
+def servers(used_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Postgres, Postgres]]:
+    with replicated(used_home, open_folder(tmp_path_factory, "servers")) as servers:
+        yield servers
 
 
-@pytest.fixture(scope="module")
-def standby(primary: Postgres, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
-    standby = standby_of(primary, open_folder(tmp_path_factory, "standby") / "home", "fsync=off")
-    yield standby
-    standby.stop()
+@pytest.fixture
+def primary(servers: tuple[Postgres, Postgres]) -> Postgres:
+    return servers[0]
+
+
+@pytest.fixture
+def standby(servers: tuple[Postgres, Postgres]) -> Postgres:
+    return servers[1]
 
 
 @contextlib.contextmanager

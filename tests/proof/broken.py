@@ -15,6 +15,7 @@ from app.calls.database import connect
 from app.calls.line import Line, Outcome, Request
 from app.calls.records import Operation
 from app.calls.refusals import NO_SUCCESS
+from app.calls.session import open_session
 from app.settings import Settings
 from app.web import handlers
 
@@ -121,7 +122,7 @@ def trusts_the_settings() -> None:
 
     async def connect_only(url: str, _deadline: float, name: str = "wallet", *, lock_timeout: float = 0) -> Any:
         settings = {"application_name": name, "lock_timeout": str(round(lock_timeout * 1000))}
-        return await asyncpg.connect(url, server_settings=settings)
+        return await open_session(url, server_settings=settings)
 
     database.connect = line.connect = connect_only  # type: ignore[assignment]
 
