@@ -54,7 +54,7 @@ async def client(servers: list[Postgres], key: str) -> AsyncIterator[TestClient]
     """A client of an app that knows both servers, with a key."""
     hosts = ",".join(str(server.socket_dir) for server in servers)
     url = f"postgresql://{LOGIN}@/wallet?host={hosts}&port=5432&sslmode=disable"
-    app = make_app(Settings(database_url=url, access="keys"))
+    app = make_app(Settings(database_url=url, access="keys", bulk_queue=2 * CLIENTS))
     async with TestClient(TestServer(app), headers={"Authorization": f"Bearer {key}"}) as client:
         for wallet in WALLETS:
             assert (await client.put(path(wallet))).status == 201
@@ -162,7 +162,33 @@ async def test_a_primary_that_takes_no_writes_any_more_is_left(client: TestClien
     assert {status for status in load.statuses if status not in (200, 201)} == set()
     assert {wallet: await balance(client, wallet) for wallet in WALLETS} == dict(load.deposited)
     sessions = "select count(*) from pg_stat_activity where usename = 'wallet_service'"
-    await until(lambda: execute(primary, sessions) == [(0,)])
+    await until(lambda: execute(primary, sessions) == [(0,)], 4)  # before they have been idle for long
+
+
+async def test_reads_leave_a_primary_that_takes_no_writes_any_more(client: TestClient, servers: list[Postgres]) -> None:
+    primary, standby = servers
+
+    async def read() -> None:
+        assert {answer.status for answer in await asyncio.gather(*(client.get(path("w0")) for _ in range(50)))} == {200}
+
+    await read()
+    execute(primary, "alter system set default_transaction_read_only = on", "select pg_reload_conf()")
+    execute(standby, "select pg_promote()")
+    await read()  # with its answer a server says that it takes no writes
+    await read()
+    sessions = "select count(*) from pg_stat_activity where usename = 'wallet_service' and application_name = 'wallet'"
+    await until(lambda: execute(primary, sessions) == [(0,)], 4)  # before they have been idle for long
+
+
+async def test_idle_sessions_of_a_lost_primary_are_not_tried_one_after_another(
+    client: TestClient, servers: list[Postgres]
+) -> None:
+    primary, standby = servers
+    for _ in range(3):
+        await asyncio.gather(*(client.get(path(WALLETS[0])) for _ in range(20)))
+    await freeze(primary)
+    execute(standby, "select pg_promote()")
+    assert (await client.get(path(WALLETS[0]))).status == 200
 
 
 @pytest.mark.parametrize(
