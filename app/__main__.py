@@ -55,14 +55,17 @@ def serve(configured: settings.Settings) -> None:
 
 def psql(configured: settings.Settings, arguments: list[str]) -> int:
     """Run psql on the service's database, as the role that the service logs in as; `-U postgres` for the superuser."""
+    from app.calls.session import several_hosts
     from app.server.migrations import LOGIN
     from app.server.supervisor import embedded_socket
 
     if configured.database_url is not None:
         program = shutil.which("psql") or str(embedded.BINARIES / "psql")
         url, password = database_url.without_password(configured.database_url)
-        secret = {} if password is None else {"PGPASSWORD": password}  # everybody may read a command line
-        return subprocess.call([program, "--dbname", url, *arguments], env=os.environ | secret)
+        more = {} if password is None else {"PGPASSWORD": password}  # everybody may read a command line
+        if several_hosts(url):
+            more["PGTARGETSESSIONATTRS"] = "read-write"
+        return subprocess.call([program, "--dbname", url, *arguments], env=os.environ | more)
     with embedded_socket(configured) as socket_dir:
         connection = {"PGHOST": socket_dir, "PGPORT": "5432", "PGUSER": LOGIN, "PGDATABASE": "wallet"}
         signal.signal(signal.SIGINT, lambda *_: None)  # a Ctrl-C is for psql

@@ -68,26 +68,36 @@ def run(asked: argparse.Namespace, settings: Settings) -> None:
 
 
 async def _run(asked: argparse.Namespace, settings: Settings) -> None:
+    from app.calls.database import REPLICATED, close
     from app.calls.refusals import NO_ANSWER
     from app.server.preconditions import reach
 
     connection = await reach(settings)
     try:
-        match asked.command:
-            case "create":
-                await _create(connection, asked)
-            case "list":
-                keys = await connection.fetch("select * from wallet.list_keys()")
-                print(_table([COLUMNS, *([_shown(key[column]) for column in COLUMNS] for key in keys)]))
-            case "revoke":
-                key = await connection.fetchrow("select * from wallet.revoke_key($1)", asked.name)
-                print(f"{key['name']} is revoked since {_shown(key['revoked_at'])}", file=sys.stderr)
+        async with asyncio.timeout(settings.request_deadline):
+            try:
+                await _do(connection, asked)
+            except asyncpg.PostgresError:  # what it is refused for has to be on a standby, too
+                await connection.fetch(REPLICATED)
+                raise
     except asyncpg.PostgresError as error:
         raise StartupError(_reason(error)) from None
     except NO_ANSWER:
         raise StartupError("no answer from the database: see with key list what was done") from None
     finally:
-        connection.terminate()
+        await close(connection)
+
+
+async def _do(connection: Any, asked: argparse.Namespace) -> None:
+    match asked.command:
+        case "create":
+            await _create(connection, asked)
+        case "list":
+            keys = await connection.fetch("select * from wallet.list_keys()")
+            print(_table([COLUMNS, *([_shown(key[column]) for column in COLUMNS] for key in keys)]))
+        case "revoke":
+            key = await connection.fetchrow("select * from wallet.revoke_key($1)", asked.name)
+            print(f"{key['name']} is revoked since {_shown(key['revoked_at'])}", file=sys.stderr)
 
 
 async def _create(connection: Any, asked: argparse.Namespace) -> None:

@@ -894,6 +894,12 @@ begin
     return;
   end if;
 
+  -- What was found recorded under a wallet that stays locked is answered without a lock of our own, and a commit that wrote nothing
+  -- waits for no synchronous standby.
+  if v_missed <> '{}' and current_setting('synchronous_standby_names') <> '' then
+    perform pg_logical_emit_message(true, 'wallet', ''::text);
+  end if;
+
   -- Where any was refused or is a duplicate, the ledger says what is recorded, whether just now or before.
   return query
   with recorded as materialized (
@@ -1967,7 +1973,8 @@ begin
   return query
   select k.name, k.scopes, k.wallet_prefix, k.created_at, k.expires_at, k.revoked_at
   from wallet.key as k
-  where k.name = p_name;
+  where k.name = p_name
+  for no key update;
 
   if not found then
     raise sqlstate 'WA421' using message = wallet.fault_message('WA421');
@@ -2525,4 +2532,5 @@ INSERT INTO public.schema_migrations (version) VALUES
     ('20261130000001'),
     ('20261130000002'),
     ('20261130000003'),
-    ('20261130080729');
+    ('20261130080729'),
+    ('20261130080934');

@@ -3,23 +3,21 @@
 import asyncio
 import contextlib
 import logging
-import os
 import random
 import socket
 from collections.abc import AsyncIterator, Iterator
 from contextvars import ContextVar
 from datetime import datetime
 from typing import Any, TypeGuard
-from urllib.parse import parse_qs, urlsplit
 from uuid import UUID, uuid4
 
 import asyncpg
 from aiohttp import web
-from asyncpg.connect_utils import SessionAttribute
 
 from app.calls.parties import Places
 from app.calls.records import Balance, Hold, Operation, Wallet, as_json, balance_of, hold_of, operation_of
-from app.calls.refusals import NO_ANSWER, Refusal
+from app.calls.refusals import NO_ANSWER, NO_SUCCESS, Refusal
+from app.calls.session import CONNECT_TIMEOUT, open_session
 from app.metrics import POOL_IN_USE
 from app.settings import Settings
 
@@ -31,8 +29,13 @@ OPERATION = as_json(Operation)
 _BALANCE = as_json(Balance)
 _HOLD = as_json(Hold)
 
-CONNECT_TIMEOUT = 5.0
-"""Seconds until an attempt to connect is given up."""
+REPLICATED = """
+select pg_logical_emit_message(true, 'wallet', ''::text) where current_setting('synchronous_standby_names') <> ''
+"""
+"""A statement whose commit waits until the synchronous standby, if there is one, has all that was visible before.
+
+A commit waits that has written to the log and has a transaction's number (src/backend/access/transam/xact.c).
+"""
 FIRST_ATTEMPT = 0.5
 """The part of a deadline that a first attempt may take: a connection that goes nowhere leaves time for a second one."""
 LEAD = 0.05
@@ -64,12 +67,7 @@ async def connect(url: str, deadline: float, name: str = "wallet", *, lock_timeo
     database have set, a commit is on disk before it is answered, and the isolation level is read committed.
     `name` is what pg_stat_activity calls the session.
     """
-    connection = await asyncpg.connect(
-        url,
-        timeout=CONNECT_TIMEOUT,
-        server_settings={"application_name": name},
-        target_session_attrs=SessionAttribute.read_write if _names_several_hosts(url) else None,
-    )
+    connection = await open_session(url, server_settings={"application_name": name})
     _keep_alive(connection, deadline)
     try:  # by statements: a pooler refuses a session that begins with these settings
         await connection.execute(
@@ -85,6 +83,12 @@ async def connect(url: str, deadline: float, name: str = "wallet", *, lock_timeo
     return connection
 
 
+async def close(connection: Any) -> None:
+    """Close a connection once the call that was cancelled on it has ended (asyncpg asks for that), or after a time."""
+    with contextlib.suppress(*NO_SUCCESS):
+        await connection.close(timeout=CONNECT_TIMEOUT)
+
+
 def _keep_alive(connection: Any, deadline: float) -> None:
     """Have the kernel notice a peer that is gone without a word, such as behind a NAT that forgot (Linux, tcp(7)).
 
@@ -98,13 +102,6 @@ def _keep_alive(connection: Any, deadline: float) -> None:
                 peer.setsockopt(socket.IPPROTO_TCP, number, value)
         if number := getattr(socket, "TCP_USER_TIMEOUT", None):
             peer.setsockopt(socket.IPPROTO_TCP, number, round(FIRST_ATTEMPT * deadline * 1000))
-
-
-def _names_several_hosts(url: str) -> bool:
-    parts = urlsplit(url)
-    query = parse_qs(parts.query)
-    hosts = query.get("host", [parts.netloc.rpartition("@")[2] or os.environ.get("PGHOST", "")])[-1]
-    return "," in hosts and "target_session_attrs" not in query and "PGTARGETSESSIONATTRS" not in os.environ
 
 
 def deadline_of(seconds: float) -> float:
@@ -160,6 +157,7 @@ class Pool:
         self.deadline = deadline
         self._places = Places(size)
         self._idle: list[tuple[Any, float]] = []
+        self._ending: set[asyncio.Task[None]] = set()
 
     @contextlib.asynccontextmanager
     async def connection(self) -> AsyncIterator[Any]:
@@ -167,16 +165,32 @@ class Pool:
         async with self._places.place():
             connection = self._take() or await connect(self._url, self.deadline)
             POOL_IN_USE.inc()
+            good = True
             try:
                 yield connection
             except BaseException as error:
-                if not session_survives(error):
-                    connection.terminate()
+                good = session_survives(error)
                 raise
             finally:
                 POOL_IN_USE.dec()
                 if not connection.is_closed():
-                    self._idle.append((connection, asyncio.get_running_loop().time()))
+                    if good and not connection.is_demoted():
+                        self._idle.append((connection, asyncio.get_running_loop().time()))
+                    else:
+                        self._end(connection)
+
+    def _forget_idle(self) -> None:
+        while self._idle:
+            self._idle.pop()[0].terminate()
+
+    def _end(self, connection: Any) -> None:
+        """Close a connection whose call was given up, and have PostgreSQL end the call.
+
+        A commit that waits for a standby has no statement_timeout, and does not notice that its client is gone.
+        """
+        ending = asyncio.create_task(close(connection))
+        self._ending.add(ending)
+        ending.add_done_callback(self._ending.discard)
 
     def _take(self) -> Any:
         """Return the connection that was used last, if there is an open one."""
@@ -225,13 +239,15 @@ class Pool:
             except NO_ANSWER as error:
                 _log.warning("no answer from the database: %s", type(error).__name__)
                 lost = True
+                self._forget_idle()  # what they are connected to may be gone, too
             limit = None
             await asyncio.sleep(next(pause))
 
     def close(self) -> None:
         """Close the connections that are not lent."""
-        while self._idle:
-            self._idle.pop()[0].terminate()
+        self._forget_idle()
+        for ending in self._ending:
+            ending.cancel()
 
 
 POOL = web.AppKey("pool", Pool)
@@ -296,7 +312,7 @@ async def create_wallet(pool: Pool, wallet_uuid: str | None, currency: str | Non
         except Refusal as error:
             if error.sqlstate != "WA419" or not error.after_a_lost_attempt:
                 raise
-            if wallet_uuid is None:  # the name is ours: an earlier attempt came through
+            if wallet_uuid is None:  # the name is ours: an earlier attempt came through, to the standby as well
                 return await get_balance(pool, name)
             raise TimeoutError from None
 
@@ -317,14 +333,27 @@ async def put_wallet(pool: Pool, wallet_uuid: str, currency: str | None) -> tupl
 
 async def _create_wallet(pool: Pool, name: str, currency: str | None) -> Balance:
     query = f"select {_BALANCE} from wallet.create_wallet($1, $2, $3)"
-    return _balance(await pool.fetch(query, name, currency, await _last_moment(pool)))
+    return _balance(await _change(pool, query, name, currency, await _last_moment(pool)))
 
 
 async def set_status(pool: Pool, wallet_uuid: str, status: str) -> Balance:
     """Give a wallet a status. Raises Refusal: WA400, WA404, WA417."""
     query = f"select {_BALANCE} from wallet.set_status($1, $2, $3)"
     async with asyncio.timeout_at(deadline_of(pool.deadline)):
-        return _balance(await pool.fetch(query, wallet_uuid, status, await _last_moment(pool)))
+        return _balance(await _change(pool, query, wallet_uuid, status, await _last_moment(pool)))
+
+
+async def _change(pool: Pool, query: str, *arguments: object) -> list[asyncpg.Record]:
+    """Make a call that changes something. What it is refused for is on the standby before it is told.
+
+    What is refused is taken back, and so waits for nothing. What it was refused for may be a call whose wait was ended.
+    """
+    try:
+        return await pool.fetch(query, *arguments)
+    except Refusal as error:
+        if error.sqlstate != "WA400":
+            await pool.fetch(REPLICATED)
+        raise
 
 
 async def _last_moment(pool: Pool) -> datetime:

@@ -352,7 +352,6 @@ class Line:
                 self._connection = await connect(
                     self._url, self._deadline, "wallet lane", lock_timeout=self._lock_timeout
                 )
-                self._connection.add_log_listener(_log_warning)
                 self._backend = await self._connection.fetchrow(
                     "select pid, backend_start from pg_stat_activity where pid = pg_backend_pid()"
                 )
@@ -380,13 +379,6 @@ class Line:
             with contextlib.suppress(*NO_SUCCESS):
                 async with asyncio.timeout(LEAD * self._deadline):
                     await self._prepare()
-
-
-def _log_warning(_connection: object, warning: asyncpg.PostgresLogMessage) -> None:
-    """Log why the database refused a request: wallet.apply_operations says it in a WARNING."""
-    if warning.severity_en == "WARNING":
-        extra = {"sqlstate": warning.sqlstate}
-        _log.warning("the database says: SQLSTATE %s: %s", warning.sqlstate, warning.message, extra=extra)
 
 
 def _literal(values: Sequence[str]) -> str:

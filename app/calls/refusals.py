@@ -36,8 +36,13 @@ REFUSED = "Refused by the database: not applied"
 LOCKED = "Wallet is locked by another transaction: not applied"
 """The detail of a 55P03."""
 
-NO_ANSWER = (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError)
-"""What asyncpg raises if a connection cannot be had or was lost: whether a call took effect is unknown."""
+
+class NotReplicated(Exception):
+    """A commit was not waited for until its synchronous standby had it: the database may lose it yet."""
+
+
+NO_ANSWER = (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError, NotReplicated)
+"""What a call raises if a connection cannot be had or was lost, or a commit may be: its outcome is unknown."""
 NO_SUCCESS = (asyncpg.PostgresError, *NO_ANSWER)
 """Whatever a call may raise."""
 

@@ -5,8 +5,9 @@ from typing import Any
 
 import asyncpg
 
-from app.calls.database import CONNECT_TIMEOUT, connect, is_migrated, is_writable
+from app.calls.database import connect, is_migrated, is_writable
 from app.calls.dispatch import BULK_LINES, SIDING_LINES
+from app.calls.session import CONNECT_TIMEOUT, open_session
 from app.settings import Settings, StartupError
 
 ATTEMPTS = 3
@@ -79,7 +80,8 @@ async def see_that_sessions_are_its_own(connection: Any, settings: Settings) -> 
     (26000).
     """
     try:
-        other = await asyncpg.connect(settings.database_url, timeout=TIMEOUT, statement_cache_size=0)
+        assert settings.database_url is not None
+        other = await open_session(settings.database_url, statement_cache_size=0)
         try:
             for _ in range(ATTEMPTS):
                 backend = await _backend(connection)

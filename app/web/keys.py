@@ -110,7 +110,7 @@ class Keys:
             while True:
                 try:
                     async with asyncio.timeout(timeout):
-                        if connection is None or connection.is_closed():
+                        if connection is None or connection.is_closed() or connection.is_demoted():
                             assert settings.database_url is not None
                             connection = await connect(settings.database_url, timeout, "wallet keys")
                         await self._read(connection)

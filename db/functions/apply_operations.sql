@@ -598,6 +598,12 @@ begin
     return;
   end if;
 
+  -- What was found recorded under a wallet that stays locked is answered without a lock of our own, and a commit that wrote nothing
+  -- waits for no synchronous standby.
+  if v_missed <> '{}' and current_setting('synchronous_standby_names') <> '' then
+    perform pg_logical_emit_message(true, 'wallet', ''::text);
+  end if;
+
   -- Where any was refused or is a duplicate, the ledger says what is recorded, whether just now or before.
   return query
   with recorded as materialized (

@@ -1,3 +1,5 @@
+-- The row is locked whether it is changed or not: a commit that wrote nothing waits for no synchronous standby, and a key that
+-- was revoked before must be on it when this one is answered.
 create or replace function wallet.revoke_key(p_name text)
 returns table (name text, scopes text[], wallet_prefix text, created_at timestamptz, expires_at timestamptz, revoked_at timestamptz)
 language plpgsql security definer
@@ -17,7 +19,8 @@ begin
   return query
   select k.name, k.scopes, k.wallet_prefix, k.created_at, k.expires_at, k.revoked_at
   from wallet.key as k
-  where k.name = p_name;
+  where k.name = p_name
+  for no key update;
 
   if not found then
     raise sqlstate 'WA421' using message = wallet.fault_message('WA421');

@@ -2,17 +2,28 @@
 
 import asyncio
 import contextlib
+import functools
 import re
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
+from app.server.embedded import Postgres
 from tests.proof.clients import Load
-from tests.proof.faults import FUNCTIONS, Trial, check, postgres_is_killed, run, service_is_killed
+from tests.proof.faults import (
+    FUNCTIONS,
+    Trial,
+    check,
+    postgres_is_killed,
+    primary_is_lost_ahead,
+    run,
+    service_is_killed,
+)
 from tests.proof.history import History
 from tests.proof.section import Account, Scale
-from tests.proof.stand import STAND, server, stand
+from tests.proof.stand import STAND, cluster, server, stand
 from tests.proxy import Point
+from tests.replication import Cluster
 
 HOLD_NOT_UNIQUE = "alter table wallet.hold drop constraint hold_pkey"
 SEQ_NOT_UNIQUE = """
@@ -72,6 +83,9 @@ class Control:
     scripts: tuple[str, ...] = ()
     command: tuple[str, ...] = ("app",)
     proxy_before: str | None = None
+    server: Callable[[], contextlib.AbstractContextManager[Postgres | Cluster]] = server
+    rounds: int = ROUNDS
+    deadline: float = 2
 
     def __call__(self, scale: Scale) -> Account:
         """Run the section: it is a finding if the proof finds nothing."""
@@ -136,6 +150,16 @@ CONTROLS = {
         nothing_happens, ("what was told is what is recorded",), command=("tests.proof.broken", "tells_another")
     ),
     "control-answers-early": Control(service_is_killed, command=("tests.proof.broken", "answers_early")),
+    "control-asynchronous-standby": Control(
+        primary_is_lost_ahead, server=functools.partial(cluster, ""), rounds=1, deadline=10
+    ),
+    "control-ignores-the-warning": Control(
+        primary_is_lost_ahead,
+        command=("tests.proof.broken", "ignores_the_warning"),
+        server=cluster,
+        rounds=1,
+        deadline=10,
+    ),
     "control-forgets-its-calls": Control(
         an_answer_is_lost, command=("tests.proof.broken", "forgets_its_calls"), proxy_before="database"
     ),
@@ -147,24 +171,24 @@ async def trial_of(control: Control, scale: Scale) -> Account:
     account = Account()
     random = scale.random(control.cycle.__name__)
     over = time.monotonic() + scale.times(30, 10)
-    with server() as postgres:
+    with control.server() as postgres:
         async with stand(
             postgres,
             2,
             command=control.command,
             scripts=control.scripts,
             proxy_before=control.proxy_before,
-            settings={"REQUEST_DEADLINE": "2"},
+            settings={"REQUEST_DEADLINE": str(control.deadline)},
         ) as running:
             history = History(no_call_is_lost=control.cycle is nothing_happens)
-            load = Load(running.front, random, history, deadline=2)
+            load = Load(running.front, random, history, control.deadline)
             await load.create_wallets()
             await running.script("checkpoint")
             noticed = Account()
             while unnoticed(control, noticed) and time.monotonic() < over:
                 with contextlib.suppress(TimeoutError):
                     async with load.running(running.database), asyncio.timeout_at(over):
-                        for _ in range(ROUNDS):
+                        for _ in range(control.rounds):
                             await control.cycle(Trial(running, load, random, noticed))
                             account.counts["faults"] += 1
                 await check(running, load, noticed)

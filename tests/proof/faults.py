@@ -28,8 +28,9 @@ from tests.proof.clients import WALLETS, Load
 from tests.proof.history import LOCKED, NOT_APPLIED, REFUSED, UNKNOWN, History, findings
 from tests.proof.section import Account, Scale
 from tests.proof.service import memory
-from tests.proof.stand import STAND, Stand, server, stand
+from tests.proof.stand import STAND, Stand, cluster, server, stand
 from tests.proxy import Point
+from tests.replication import Cluster
 
 FUNCTIONS = CHECKOUT / "db" / "functions"
 LOG_LINES = 1000
@@ -375,6 +376,82 @@ async def functions_are_replaced(trial: Trial) -> None:
     await trial.stand.sql("drop database empty with (force)")
 
 
+async def primary_is_killed(trial: Trial) -> None:
+    """The primary's machine is lost, the standby that is ahead takes its place, and the old one becomes its standby."""
+    await trial.some_progress()
+    await primary_is_replaced(trial, trial.stand.kill_postgres())
+
+
+async def primary_is_switched(trial: Trial) -> None:
+    """The primary is stopped as an operator does, and a standby takes its place."""
+
+    async def stop() -> None:
+        process = trial.stand.postgres.process
+        assert process is not None
+        process.send_signal(signal.SIGINT)
+        await asyncio.to_thread(process.wait, 60)
+
+    await trial.some_progress()
+    await primary_is_replaced(trial, stop())
+
+
+async def primary_is_replaced(trial: Trial, ended: Awaitable[None]) -> None:
+    """Promote a standby once the primary has ended, wait for the service, and start the old primary as a standby."""
+    cluster = trial.stand.cluster
+    old = cluster.primary
+    await ended
+    moment = time.monotonic()
+    await asyncio.to_thread(cluster.promote)
+    await trial.recovers(moment)
+    rewind = trial.random.random() < 0.5
+    trial.account.counts[await asyncio.to_thread(cluster.rejoin, old, rewind=rewind)] += 1
+
+
+async def standbys_are_cut_off(trial: Trial) -> None:
+    """Nothing reaches the standbys for longer than the deadline: nothing succeeds meanwhile."""
+    await trial.some_progress()
+    async with standbys_cut_off(trial):
+        await asyncio.sleep(0.1)  # what a standby had confirmed is answered
+        before = trial.load.successes
+        await asyncio.sleep(trial.random.uniform(1.2, 2))  # the fault itself
+        if trial.load.successes > before:
+            trial.account.findings.append("an operation was answered that no standby had")
+        over = time.monotonic()
+    await trial.recovers_in_time(over)
+
+
+async def primary_is_lost_ahead(trial: Trial) -> None:
+    """The primary is lost with commits that have not reached a standby, and whose wait was cancelled.
+
+    What a read saw of them is lost, too: reads don't wait.
+    """
+    await trial.some_progress()
+    history = trial.load.history
+    began = time.monotonic()
+    async with standbys_cut_off(trial):
+        await asyncio.sleep(0.3)
+        await trial.stand.sql("select pg_cancel_backend(pid) from pg_stat_activity where wait_event = 'SyncRep'")
+        await asyncio.sleep(0.2)
+        await trial.stand.kill_postgres()
+        over = time.monotonic()
+    await primary_is_replaced(trial, asyncio.sleep(0))
+    history.reads = [read for read in history.reads if read.ended < began or read.sent > over]
+
+
+@contextlib.asynccontextmanager
+async def standbys_cut_off(trial: Trial) -> AsyncIterator[None]:
+    """Stop what sends the log to the standbys."""
+    senders = [pid for (pid,) in await trial.stand.sql("select pid from pg_stat_replication")]
+    for pid in senders:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in senders:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+
+
 @contextlib.contextmanager
 def small_disk() -> Iterator[Postgres]:
     """A PostgreSQL whose data lies on a file system of 160 MB, where this user may mount one."""
@@ -408,7 +485,7 @@ class Fault:
     outage: Outage
     proxy_before: str | None = None
     settings: Mapping[str, str] = field(default_factory=dict)
-    server: Callable[[], contextlib.AbstractContextManager[Postgres]] = server
+    server: Callable[[], contextlib.AbstractContextManager[Postgres | Cluster]] = server
     no_call_is_lost: bool = False
 
     def __call__(self, scale: Scale) -> Account:
@@ -441,6 +518,10 @@ FAULTS = {
     "log-not-read": Fault(log_is_not_read, 20, 2, Outage.SHORTER, settings={"LOG_LEVEL": "INFO"}),
     "uploads-aborted": Fault(uploads_are_aborted, 20, 2, Outage.SHORTER, no_call_is_lost=True),
     "functions-replaced": Fault(functions_are_replaced, 50, 3, Outage.SHORTER),
+    "failover": Fault(primary_is_killed, 50, 3, Outage.SHORTER, server=cluster),
+    "failover-ahead": Fault(primary_is_lost_ahead, 20, 2, Outage.SHORTER, server=cluster),
+    "switch-over": Fault(primary_is_switched, 20, 2, Outage.SHORTER, server=cluster),
+    "standbys-cut-off": Fault(standbys_are_cut_off, 20, 2, Outage.LONGER, settings=QUICK, server=cluster),
 }
 
 

@@ -28,6 +28,7 @@ from tests.proof.clients import CLIENTS, Connection, Lost
 from tests.proof.history import Books, Row
 from tests.proxy import Http, Proxy
 from tests.proxy import Postgres as PostgresTalk
+from tests.replication import Cluster
 
 TEMPLATE = "wallet"
 """The migrated database without a wallet from which each stand's own is cloned."""
@@ -82,30 +83,44 @@ def _template() -> tempfile.TemporaryDirectory[str]:
 
 
 @contextlib.contextmanager
-def server(folder: Path | None = None) -> Iterator[Postgres]:
-    """A PostgreSQL with its default settings, durable, in a folder or in a temporary one."""
+def server(folder: Path | None = None, *settings: str) -> Iterator[Postgres]:
+    """A durable PostgreSQL with its default settings but for those given, in a folder or in a temporary one."""
     with contextlib.ExitStack() as stack:
         if folder is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="wallet-proof-")))
         shutil.copytree(Path(_template().name) / "postgres", folder / "postgres")
-        postgres = Postgres(folder)
+        postgres = Postgres(folder, *settings)
         postgres.start()
         stack.callback(postgres.stop)
         yield postgres
+
+
+@contextlib.contextmanager
+def cluster(waits_for: str = f"ANY 1 ({', '.join(Cluster.NAMES)})") -> Iterator[Cluster]:
+    """A primary and two standbys, durable; `waits_for` is their synchronous_standby_names."""
+    settings = f"synchronous_standby_names={waits_for}", "wal_keep_size=256MB", "wal_retrieve_retry_interval=100ms"
+    with tempfile.TemporaryDirectory(prefix="wallet-proof-") as folder:
+        (Path(folder) / "one").mkdir(mode=0o711)
+        with server(Path(folder) / "one", *settings) as postgres:
+            servers = Cluster(postgres, Path(folder), *settings)
+            try:
+                yield servers
+            finally:
+                servers.stop()
 
 
 class Stand:
     """A service on a database of its own, and what can be done to both."""
 
     def __init__(
-        self, postgres: Postgres, workers: int, command: Iterable[str], log: Path, settings: Mapping[str, str]
+        self, servers: Postgres | Cluster, workers: int, command: Iterable[str], log: Path, settings: Mapping[str, str]
     ) -> None:
-        self.postgres = postgres
+        self._servers = servers
         self.port = free_port()
         self.front = self.port
         """The port that clients use: the service's, or a proxy's."""
         self.proxy: Proxy | None = None
-        self.database_host: Path | str = postgres.socket_dir
+        self.database_host: Path | str = servers.hosts if isinstance(servers, Cluster) else servers.socket_dir
         """Where the service finds its database: PostgreSQL, or a proxy."""
         self.process: subprocess.Popen[bytes] | None = None
         self.log = log
@@ -113,6 +128,17 @@ class Stand:
         """Who reads the service's log, if it logs every request: keeps what is no request's line."""
         self._command = command
         self._settings = {"PORT": str(self.port), "WORKERS": str(workers), "LOG_LEVEL": "WARNING", **ROOM, **settings}
+
+    @property
+    def postgres(self) -> Postgres:
+        """The PostgreSQL that takes writes."""
+        return self._servers.primary if isinstance(self._servers, Cluster) else self._servers
+
+    @property
+    def cluster(self) -> Cluster:
+        """The PostgreSQL and its standbys."""
+        assert isinstance(self._servers, Cluster)
+        return self._servers
 
     @property
     def database(self) -> str:
@@ -261,7 +287,7 @@ class Stand:
 
 @contextlib.asynccontextmanager
 async def stand(
-    postgres: Postgres,
+    servers: Postgres | Cluster,
     workers: int,
     *,
     command: tuple[str, ...] = ("app",),
@@ -275,10 +301,11 @@ async def stand(
     """
     async with contextlib.AsyncExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="wallet-proof-", dir="/tmp"))
+        running = Stand(servers, workers, command, Path(folder) / "log", settings)
+        postgres = running.postgres
         with psycopg.connect(postgres.url("postgres", "postgres"), autocommit=True) as connection:
             connection.execute(f"drop database if exists {STAND} with (force)")
             connection.execute(f"create database {STAND} template {TEMPLATE} strategy file_copy")
-        running = Stand(postgres, workers, command, Path(folder) / "log", settings)
         for script in ("create table public.heartbeat (beat timestamptz default clock_timestamp())", *scripts):
             await running.script(script)
         if proxy_before == "database":
