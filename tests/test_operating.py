@@ -33,11 +33,16 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def commands(heading: str) -> str:
-    """Return the sh block below a heading of the README."""
+def blocks(heading: str) -> list[str]:
+    """Return the sh blocks below a heading of the README."""
     _, found, section = README.partition(f"\n### {heading}\n")
     assert found, heading
-    [block] = re.findall(r"^```sh\n(.*?)^```$", section.partition("\n#")[0], re.DOTALL | re.MULTILINE)
+    return re.findall(r"^```sh\n(.*?)^```$", section.partition("\n#")[0], re.DOTALL | re.MULTILINE)
+
+
+def commands(heading: str) -> str:
+    """Return the sh block below a heading that has one."""
+    [block] = blocks(heading)
     return block
 
 
