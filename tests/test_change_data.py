@@ -204,7 +204,8 @@ def standby(primary: Postgres, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 
 def connect(postgres: Postgres, user: str = "postgres") -> psycopg.Connection:
-    return psycopg.connect(postgres.url(user), autocommit=True)
+    """Connect as a user; a statement that waits for what does not come fails."""
+    return psycopg.connect(postgres.url(user), autocommit=True, options="-c statement_timeout=20s")
 
 
 def follow_all(follower: Follower, postgres: Postgres) -> None:
