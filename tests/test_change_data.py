@@ -58,6 +58,8 @@ class Follower:
                     for operation in sorted(transaction, key=lambda one: int(one["seq"] or 0)):
                         self.take(operation)
                     transaction = []
+                case kind:
+                    assert kind in (b"B", b"O", b"Y"), "neither a new operation nor what stands around it"
         assert transaction == []
         if end and not crash:
             connection.execute("select pg_replication_slot_advance('operations', '0/0'::pg_lsn + %s)", [end])
