@@ -340,10 +340,33 @@ def test_the_command_of_the_readme_makes_a_key(up: SimpleNamespace) -> None:
     assert scopes == "{deposit,read}"
 
 
-def test_the_demonstration_is_open_and_one_line_closes_it() -> None:
-    assert interpolate(BACKEND["environment"]["ACCESS"], {}) == "open"
-    assert interpolate(BACKEND["environment"]["ACCESS"], {"ACCESS": "keys"}) == "keys"
-    assert dockerfile("ENV")[0].startswith("HOST=0.0.0.0")
+@pytest.mark.parametrize(
+    ("published", "starts"),
+    [
+        ({}, True),
+        ({"HOST": ""}, True),
+        ({"HOST": "127.0.0.1"}, True),
+        ({"HOST": "127.1.2.3"}, True),
+        ({"HOST": "[::1]"}, True),
+        ({"HOST": "0.0.0.0"}, False),
+        ({"HOST": "[::]"}, False),
+        ({"HOST": "192.0.2.1"}, False),
+        ({"HOST": "0.0.0.0", "ACCESS": ""}, False),
+        ({"HOST": "0.0.0.0", "ACCESS": "keys"}, True),
+        ({"HOST": "0.0.0.0", "ACCESS": "open"}, True),
+    ],
+)
+def test_what_is_published_for_others_is_open_only_if_somebody_says_so(published: dict[str, str], starts: bool) -> None:
+    """A service that may start gets as far as its database, which is not there."""
+    settings = environment(BACKEND, published) | {"PATH": PATH, "PORT": str(free_port())}
+    assert settings["HOST"] == "0.0.0.0"
+    settings["DATABASE_URL"] = "postgres://wallet_service@127.0.0.1:1/wallet?sslmode=disable"
+    command = [interpolate(word, published) for word in BACKEND["command"]]
+    ran = subprocess.run(command, cwd=CHECKOUT, env=settings, capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 1
+    [line] = ran.stderr.splitlines()
+    assert ("cannot reach the database" in line) is starts
+    assert ("set ACCESS=keys" in line) is not starts
 
 
 def test_demonstration_wallets_that_were_rolled_back_stay_away(up: SimpleNamespace) -> None:

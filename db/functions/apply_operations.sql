@@ -11,7 +11,9 @@
 --
 -- What else the database refuses (a constraint, a trigger, an operation_uuid that stays in flight) it refuses to a single
 -- request, and doesn't say to which. Both halves of the batch are then applied by themselves, one after the other, down to
--- that request. All wallets stay locked meanwhile.
+-- that request. All wallets stay locked meanwhile. The second half inserts after the first, whatever its operation_uuids are: so
+-- without a lock_timeout a batch in halves can deadlock (40P01) with another that names the same operations for other wallets. Under
+-- a lock_timeout halves wait for 1 ms, less than any deadlock takes, and the request that waited is 55P03.
 --
 -- An atomic batch is applied as any other, and all of it is taken back if any request was refused.
 --
@@ -637,7 +639,9 @@ comment on function wallet.apply_operations(text[], uuid[], text[], bigint[], te
   '(from 1), sqlstate and message (null: applied), same_request (whether what is recorded under its operation_uuid is this request: true for an applied one; '
   'null where nothing is recorded), and the row of the applied operation, or of the recorded one where the '
   'sqlstate is WA409 and it belongs to the same wallet. Outcomes per request: WA400, WA404, WA409, WA424, WA410, WA405, WA403, WA422, WA402, WA416 as in apply_operation. '
-  'Also, for requests that were not tried and may be asked again: 55P03, under a lock_timeout, after WA409 (another transaction keeps a wallet '
+  'Also, for requests that were not applied and may be asked again: 55P03, under a lock_timeout, after WA409 (another transaction keeps a wallet '
   'locked, or the operation_uuid in flight); and the SQLSTATE of whatever else the database refuses (a constraint, a trigger), its message in a WARNING. '
   'p_atomic: if any request is refused, none is applied, and the outcome of those that would have been is WA425. '
-  'Raises WA400 only for the arrays themselves (null, different lengths, more than one dimension), 57014 (too late), and 0A000 unless the transaction is read committed.';
+  'Raises WA400 only for the arrays themselves (null, different lengths, more than one dimension), 57014 (too late), 0A000 unless the transaction is read committed, '
+  'and, without a lock_timeout, 40P01 (nothing was applied: ask again) where one of two batches that name the same operation_uuids is applied in parts, '
+  'because the database refuses something in it or its clock was set back.';

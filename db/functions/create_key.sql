@@ -1,5 +1,6 @@
--- The secret must reach nobody but the caller. So it stands in assignments of PL/pgSQL only: what a statement or a function
--- in SQL is given may end in the server's log, as a constant of its plan or as a parameter (debug_print_plan, auto_explain).
+-- Only the caller gets the secret. It is made, hashed and returned by PL/pgSQL expressions, whose values are never logged. A value that
+-- is passed to an SQL statement or to a function in SQL may be logged, as a constant of a plan (debug_print_plan) or as a parameter
+-- (auto_explain): the insert is given the digest only.
 create or replace function wallet.create_key(
   p_name text,
   p_scopes text[],

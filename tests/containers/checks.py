@@ -4,6 +4,7 @@ import contextlib
 import http.client
 import json
 import os
+import re
 import subprocess
 import threading
 import time
@@ -44,20 +45,22 @@ def run(*command: str, check: bool = True, timeout: float = 600, **arguments: An
     return ran
 
 
-def request(port: int, method: str, path: str, body: object = None, timeout: float = 30) -> tuple[int, Any]:
+def request(
+    port: int, method: str, path: str, body: object = None, timeout: float = 30, host: str = "127.0.0.1", **headers: str
+) -> tuple[int, Any]:
     """Return status and decoded body of the answer. Raises OSError or HTTPException if there is no whole answer."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)
+    connection = http.client.HTTPConnection(host, port, timeout=timeout)
     with contextlib.closing(connection):
-        connection.request(method, path, json.dumps(body), {"Content-Type": "application/json"})
+        connection.request(method, path, json.dumps(body), {"Content-Type": "application/json", **headers})
         answer = connection.getresponse()
         return answer.status, json.loads(answer.read())
 
 
-def becomes_ready(port: int) -> bool:
+def becomes_ready(port: int, host: str = "127.0.0.1") -> bool:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         with contextlib.suppress(OSError, http.client.HTTPException):
-            if request(port, "GET", "/readyz", timeout=5)[0] == 200:
+            if request(port, "GET", "/readyz", timeout=5, host=host)[0] == 200:
                 return True
         time.sleep(0.1)
     return False
@@ -71,7 +74,8 @@ class Stack:
         self.env_file = env_file
         self.environment = os.environ | PASSWORDS | IN_SHELL
         self.environment |= {"PORT": str(self.port), "COMPOSE_PROJECT_NAME": PROJECT}
-        self.environment.pop("HOST", None)
+        for name in ("HOST", "ALLOWED_HOSTS", "ACCESS"):
+            self.environment.pop(name, None)
 
     def compose(self, *arguments: str, check: bool = True) -> str:
         command = ["docker", "compose", "--env-file", str(self.env_file), *arguments]
@@ -274,6 +278,41 @@ def test_demonstration_wallets_that_were_rolled_back_stay_away(stack: Stack) -> 
     stack.up()
     assert stack.get(f"/api/v1/wallets/{DEMONSTRATION}")[0] == 404
     stack.testdata("migrate")
+    assert stack.balance() == 1500
+
+
+def test_what_others_can_reach_starts_closed_and_with_keys_as_the_readme_says(stack: Stack) -> None:
+    """Others are containers on this machine: it is published on the address that they know it by."""
+    bridge = json.loads(run("docker", "network", "inspect", "bridge").stdout)[0]
+    host = bridge["IPAM"]["Config"][0]["Gateway"]
+    path = f"/api/v1/wallets/{DEMONSTRATION}"
+    stack.environment["HOST"] = host
+    stack.compose("up", "--detach")
+    deadline = time.monotonic() + 60
+    while "set ACCESS=keys" not in (said := stack.compose("logs", "backend")):
+        assert time.monotonic() < deadline, said
+        time.sleep(0.2)
+    with pytest.raises((OSError, http.client.HTTPException)):
+        request(stack.port, "GET", path, host=host)
+
+    commands = "".join(blocks("sh")).splitlines()
+    [publish] = [line for line in commands if re.fullmatch("HOST=.* docker compose up", line)]
+    publish = publish.replace("0.0.0.0", host).replace("wallet.example", host)
+    stack.environment |= dict(re.findall(r"(\w+)=(\S+)", publish))
+    stack.compose("up", "--detach")
+    assert becomes_ready(stack.port, host)
+    assert request(stack.port, "GET", path, host=host)[0] == 401
+    [make] = [line for line in commands if re.match("docker compose run .* app key create ", line)]
+    [secret] = re.findall("^wk_.*", stack.compose(*make.removeprefix("docker compose ").split()), re.MULTILINE)
+    key = {"Authorization": f"Bearer {secret}"}
+    while request(stack.port, "GET", path, host=host, **key)[0] == 401 and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert request(stack.port, "GET", path, host=host, **key)[1]["balance"] == 1500
+    assert request(stack.port, "PATCH", path, {"status": "FROZEN"}, host=host, **key)[0] == 403
+
+    for name in ("HOST", "ALLOWED_HOSTS", "ACCESS"):
+        del stack.environment[name]
+    stack.up()
     assert stack.balance() == 1500
 
 

@@ -233,6 +233,36 @@ def test_batches_with_the_same_operations_in_opposite_order_do_not_deadlock(
     assert call(service, "verify") == []
 
 
+def test_of_two_batches_that_deadlock_since_one_is_in_halves_one_is_applied_and_the_other_may_be_sent_again(
+    service: psycopg.Connection, session: Session, pool: ThreadPoolExecutor, superuser: psycopg.Connection
+) -> None:
+    """The halves insert D before C, the other batch C before D; between the two, the first waits for B."""
+    create(service, {"w": 0, "v": 0, "u": 0})
+    superuser.execute("alter table wallet.operation add constraint small check (amount < 5)")
+    halved = [deposit("w", D, 1), deposit("w", A, 5), deposit("w", B, 1), deposit("w", C, 1)]
+    whole = [deposit("v", C, 1), deposit("v", D, 1)]
+    one, other, third = session(), session(), session()
+    third.autocommit = False
+    apply(third, deposit("u", B, 1))
+    in_halves = pool.submit(apply_all, one, halved)
+    wait_until_blocked(superuser, one)
+    as_a_whole = pool.submit(apply_all, other, whole)
+    wait_until_blocked(superuser, one, other)
+    third.rollback()
+
+    errors = {future: future.exception() for future in (in_halves, as_a_whole)}
+    [deadlock] = [error for error in errors.values() if error is not None]
+    assert isinstance(deadlock, psycopg.errors.DeadlockDetected)
+    if errors[in_halves] is None:
+        assert outcomes(in_halves) == [None, "23514", None, None]
+        assert [row.sqlstate for row in apply_all(other, whole)] == ["WA409"] * 2
+    else:
+        assert outcomes(as_a_whole) == [None] * 2
+        assert [row.sqlstate for row in apply_all(one, halved)] == ["WA409", "23514", None, "WA409"]
+    assert sum(balances(service, "wv").values()) == 3
+    assert call(service, "verify") == []
+
+
 def test_many_batches_over_the_same_wallets_and_operations_never_deadlock(
     service: psycopg.Connection, session: Session, pool: ThreadPoolExecutor, superuser: psycopg.Connection
 ) -> None:
