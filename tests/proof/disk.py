@@ -82,7 +82,7 @@ class Disk:
     def turn_off(self) -> None:
         """Unmount and detach what is left. Nobody may use the file system any more."""
         for command in (["umount", self.place], ["losetup", "--detach", self._loop], ["umount", self._device]):
-            with contextlib.suppress(subprocess.CalledProcessError):  # was not turned on so far
+            with contextlib.suppress(OSError, subprocess.CalledProcessError):  # it was not turned on so far
                 _run(*command)
         if self._process is not None:
             self._process.communicate()
