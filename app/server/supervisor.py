@@ -142,7 +142,8 @@ def supervise(settings: Settings, sockets: list[socket.socket], postgres: Postgr
     """Run a worker on each socket, start again what ends by itself, and return when a signal says so."""
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     workers = [start_worker(settings, listening) for listening in sockets]
-    while (happened := signal.sigtimedwait(_SIGNALS, LOOK_AT_LOG)) is None or happened.si_signo == signal.SIGCHLD:
+    happened = None  # look first: what ended before the signals were blocked has told nobody
+    while happened is None or happened.si_signo == signal.SIGCHLD:
         if postgres is not None:
             if not postgres.is_running():
                 _log.error("PostgreSQL ended; starting it again")
@@ -159,6 +160,7 @@ def supervise(settings: Settings, sockets: list[socket.socket], postgres: Postgr
                 if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
                     mark_process_dead(worker.pid)  # type: ignore[no-untyped-call]
                 workers[number] = start_worker(settings, sockets[number])
+        happened = signal.sigtimedwait(_SIGNALS, LOOK_AT_LOG)
 
     for listening in sockets:
         listening.close()

@@ -238,17 +238,11 @@ async def unfolded(
         yield browser
 
 
-@pytest.fixture(params=["light", "dark"])
-def scheme(request: pytest.FixtureRequest) -> str:
-    """What a reader prefers."""
-    return str(request.param)
+SCHEMES = ("light", "dark")
+"""What readers prefer. Tests go through both by themselves: the fewer they are, the fewer workers unfold the page."""
 
-
-@pytest.fixture
-def page(scheme: str, unfolded: webdriver.Chrome) -> webdriver.Chrome:
-    """The page as such a reader sees it."""
-    prefer(unfolded, scheme)
-    return unfolded
+unfolds = pytest.mark.asyncio(loop_scope="module")
+"""Marks all that use the page: for a test that is not asynchronous pytest-asyncio would set it up once more."""
 
 
 def prefer(browser: webdriver.Chrome, scheme: str) -> None:
@@ -275,9 +269,16 @@ def unfold(browser: webdriver.Chrome) -> None:
     wait.until(lambda _: len(browser.find_elements(By.CSS_SELECTOR, "button.execute")) == len(summaries))
 
 
-def test_every_parameter_has_its_name_and_type_and_none_is_filled_in_that_may_be_left_out(
-    page: webdriver.Chrome,
+@unfolds
+async def test_every_parameter_has_its_name_and_type_and_none_is_filled_in_that_may_be_left_out(
+    unfolded: webdriver.Chrome,
 ) -> None:
+    for scheme in SCHEMES:
+        prefer(unfolded, scheme)
+        see_parameters(unfolded)
+
+
+def see_parameters(page: webdriver.Chrome) -> None:
     document = json.loads(docs.description(wants_keys=False))
     shown: list[dict[str, str]] = page.execute_script("""
         return [...document.querySelectorAll(".opblock")].flatMap(operation =>
@@ -302,9 +303,12 @@ def test_every_parameter_has_its_name_and_type_and_none_is_filled_in_that_may_be
     assert filled_in == {"limit": "100"} | dict.fromkeys(("before", "after", "at", "from", "to"), "")
 
 
-@pytest.mark.asyncio(loop_scope="module")
-async def test_the_page_is_no_wider_than_a_telephone(page: webdriver.Chrome) -> None:
-    def look() -> None:
+@unfolds
+async def test_the_page_is_no_wider_than_a_telephone(unfolded: webdriver.Chrome) -> None:
+    page = unfolded
+
+    def look(scheme: str) -> None:
+        prefer(page, scheme)
         page.execute_script("document.querySelector('button.execute').click()")
         answer = (By.CSS_SELECTOR, ".live-responses-table tbody .response-col_status")
         WebDriverWait(page, 20).until(conditions.presence_of_element_located(answer))
@@ -315,7 +319,9 @@ async def test_the_page_is_no_wider_than_a_telephone(page: webdriver.Chrome) -> 
             assert page.execute_script("return document.documentElement.scrollWidth") == width
 
     try:
-        await asyncio.to_thread(look)
+        for scheme in SCHEMES:
+            await asyncio.to_thread(look, scheme)
+            page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
     finally:
         page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
@@ -344,8 +350,13 @@ Examples are dark for every reader: for them the luminance is null.
 """
 
 
-def test_the_page_is_as_dark_as_the_reader_wants_it(page: webdriver.Chrome, scheme: str) -> None:
+@unfolds
+async def test_the_page_is_as_dark_as_the_reader_wants_it(unfolded: webdriver.Chrome) -> None:
+    """Also after he has changed his mind, either way."""
+    page = unfolded
+
     def see(scheme: str) -> None:
+        prefer(page, scheme)
         page.execute_script("document.querySelectorAll('*').forEach(one => one.style.transition = 'none')")
         texts = page.execute_script(CONTRASTS)
         behind = statistics.median(luminance for _, _, luminance in texts if luminance is not None)
@@ -353,13 +364,8 @@ def test_the_page_is_as_dark_as_the_reader_wants_it(page: webdriver.Chrome, sche
         if scheme == "dark":
             assert [text for text, contrast, _ in texts if contrast < 3] == []
 
-    see(scheme)
-    other = "light" if scheme == "dark" else "dark"
-    try:
-        prefer(page, other)
-        see(other)
-    finally:
-        prefer(page, scheme)
+    for scheme in (*SCHEMES, *SCHEMES):
+        see(scheme)
 
 
 def urls_requested(browser: webdriver.Chrome) -> list[str]:

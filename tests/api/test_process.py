@@ -25,6 +25,7 @@ import pytest
 from psycopg.conninfo import conninfo_to_dict
 
 from app.server.embedded import LOG_LIMIT, Postgres, connection_url, running_server
+from app.server.supervisor import LOOK_AT_LOG
 from app.settings import CHECKOUT
 from tests.conftest import environment_with, open_folder
 
@@ -36,7 +37,13 @@ class Service:
     """A started `python -m app`, its embedded database and its REST door."""
 
     def __init__(
-        self, home: Path, log: Path, user: int | None = None, checkout: Path = CHECKOUT, **environment: str
+        self,
+        home: Path,
+        log: Path,
+        user: int | None = None,
+        checkout: Path = CHECKOUT,
+        command: list[str] = COMMAND,
+        **environment: str,
     ) -> None:
         self.home = home
         self.port = free_port()
@@ -44,7 +51,7 @@ class Service:
         self.log = log
         with log.open("w") as output:
             self.process = subprocess.Popen(
-                COMMAND,
+                command,
                 cwd=checkout,
                 env=environment_with(WALLET_DATA_DIR=str(home), PORT=str(self.port), **environment),
                 stdout=output,
@@ -267,6 +274,28 @@ def test_a_killed_postgres_is_brought_back(start: Start) -> None:
     assert service.balance("1111111111") == 1510
 
 
+KILLS_POSTGRES = """
+import os, sys
+from app import __main__
+from app.server import supervisor
+
+def announce(settings, listening, postgres, **more):
+    postgres.process.kill()
+    os.waitid(os.P_PID, postgres.process.pid, os.WEXITED | os.WNOWAIT)
+    said(settings, listening, postgres, **more)
+
+said, supervisor.announce = supervisor.announce, announce
+sys.exit(__main__.main([]))
+"""
+"""The service, whose PostgreSQL ends after it has started and before anybody waits for that."""
+
+
+def test_a_postgres_that_ends_during_the_start_is_brought_back_at_once(start: Start) -> None:
+    service = start(command=[sys.executable, "-c", KILLS_POSTGRES])
+    wait_until(lambda: "starting it again" in service.said(), LOOK_AT_LOG / 2)
+    wait_until(lambda: service.ask("/readyz")[0] == 200)
+
+
 def test_a_killed_worker_is_replaced(start: Start) -> None:
     service = start(WORKERS="2")
     wait_until(lambda: len(service.workers()) == 2)
@@ -404,7 +433,6 @@ def test_with_keys_it_says_that_it_wants_one(start: Start) -> None:
     wait_until(wallet, 5)
 
 
-@pytest.mark.alone
 def test_a_revoked_key_is_refused_by_every_worker_within_5_seconds(start: Start, database_url: str) -> None:
     """A new connection may reach any of them."""
     service = start(ACCESS="keys", WORKERS="3", DATABASE_URL=database_url)
