@@ -211,6 +211,7 @@ def connect(postgres: Postgres, user: str = "postgres") -> psycopg.Connection:
 
 
 def follow_all(follower: Follower, postgres: Postgres) -> None:
+    """Take all that the slot has, once no client is at work any more."""
     with connect(postgres, "follower") as connection:
         while follower.follow(connection):
             pass
@@ -382,7 +383,8 @@ def test_before_version_17_a_consumer_catches_up_from_the_ledger_after_a_failove
     follower, clients = Follower(), Clients(lambda: servers[-1].url(LOGIN))
     with clients.at_work():
         clients.progress()
-        follow_all(follower, primary)
+        with connect(primary, "follower") as consumer:
+            assert follower.follow(consumer)
         clients.progress()
     arrived = "select pg_last_wal_replay_lsn() >= %s"
     with connect(primary) as old, connect(standby) as new:
