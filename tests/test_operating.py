@@ -2,10 +2,11 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from uuid import UUID, uuid4
 
@@ -13,10 +14,10 @@ import psycopg
 import pytest
 from psycopg.rows import namedtuple_row
 
-from app.server.embedded import BINARIES, Postgres
+from app.server.embedded import BINARIES, NOBODY, Postgres
 from app.server.migrations import LOGIN, dbmate
 from app.settings import CHECKOUT
-from tests.api.test_process import Start, start, wait_until
+from tests.api.test_process import Service, Start, start, wait_until
 from tests.conftest import environment_with, open_folder
 from tests.db.test_migrations import catalogue
 
@@ -25,6 +26,8 @@ __all__ = ["start"]  # a fixture
 README = (CHECKOUT / "db" / "README.md").read_text()
 OLDEST = Path("/usr/lib/postgresql/15/bin")
 """Where Debian keeps a PostgreSQL that is older than the embedded one."""
+OLDER = BINARIES.parents[1] / "pginstall" / "bin"
+"""The PostgreSQL 16 that lies beside the embedded one."""
 PROGRAMS = ("pg_dumpall", "pg_dump", "pg_restore", "createdb", "psql", "pg_basebackup")
 
 pytestmark = pytest.mark.skipif(
@@ -33,11 +36,16 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def commands(heading: str) -> str:
-    """Return the sh block below a heading of the README."""
+def blocks(heading: str) -> list[str]:
+    """Return the sh blocks below a heading of the README."""
     _, found, section = README.partition(f"\n### {heading}\n")
     assert found, heading
-    [block] = re.findall(r"^```sh\n(.*?)^```$", section.partition("\n#")[0], re.DOTALL | re.MULTILINE)
+    return re.findall(r"^```sh\n(.*?)^```$", section.partition("\n#")[0], re.DOTALL | re.MULTILINE)
+
+
+def commands(heading: str) -> str:
+    """Return the sh block below a heading that has one."""
+    [block] = blocks(heading)
     return block
 
 
@@ -214,3 +222,128 @@ def test_a_copy_of_a_server_at_work_holds_all_that_was_answered_before(start: St
     assert before <= {row.operation_uuid for row in copied.operations}
     copy.deposit("1111111111", 1)
     assert Books(copy.url()).wallets[0].seq == last["1111111111"] + 1
+
+
+# Recovery
+
+
+def test_after_recovery_to_just_before_a_mistake_the_books_agree_and_repeats_are_applied_once(
+    old_server: Postgres, start: Start, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    backup, folder = open_folder(tmp_path_factory, "backup"), open_folder(tmp_path_factory, "recovery")
+    (backup / "wal").mkdir()
+    (backup / "wal").chmod(0o777)
+    (folder / "restored").mkdir()
+    archive, copy, restore, look, go_on = (
+        block.replace("/backup", str(backup)) for block in blocks("Recovery to a point in time")
+    )
+    run(archive, folder, old_server)
+    old_server.stop()
+    old_server.start()
+    service = start(DATABASE_URL=old_server.url(LOGIN))
+
+    def operation(kind: str) -> dict[str, object]:
+        return {"operation_uuid": str(uuid4()), "operation_type": kind, "amount": 10}
+
+    def answers(service: Service, operations: Iterable[dict[str, object]]) -> list[int]:
+        return [service.ask("/api/v1/wallets/w/operation", operation)[0] for operation in operations]
+
+    early, late, lost = ([operation("DEPOSIT"), operation("WITHDRAW"), operation("DEPOSIT")] for _ in range(3))
+    assert answers(service, early) == [200] * 3
+    run(copy, folder, old_server)
+    assert answers(service, late) == [200] * 3
+    before = Books(old_server.url("postgres"))
+    with psycopg.connect(old_server.url("postgres"), autocommit=True) as superuser:
+        [[moment]] = superuser.execute("select clock_timestamp()::text").fetchall()
+        superuser.execute("delete from wallet.operation where operation_type = 'WITHDRAW'")
+        assert superuser.execute("select * from wallet.verify()").fetchall()
+    assert answers(service, lost) == [200] * 3
+    service.stop()
+
+    assert "2026-12-01 09:29:59+00" in restore
+    run(lines(restore.replace("2026-12-01 09:29:59+00", moment)), folder, old_server)
+    (folder / "restored").chmod(0o711)
+    restored = Postgres(folder / "restored", "fsync=off", binaries=old_server.binaries)
+    restored.start()
+    try:
+        assert "(0 rows)" in run(look, folder, restored).stdout
+        after = Books(restored.url("postgres"))
+        assert (after.wallets, after.operations) == (before.wallets, before.operations)
+        run(go_on, folder, restored)
+        with psycopg.connect(restored.url("postgres"), autocommit=True) as connection:
+            wait_until(lambda: connection.execute("select pg_is_in_recovery()").fetchall() == [(False,)])
+
+        service = start(DATABASE_URL=restored.url(LOGIN))
+        assert answers(service, [*early, *late, *lost]) == [400] * 6 + [200] * 3
+        assert answers(service, lost) == [400] * 3
+        assert service.balance("w") == 500 + 3 * 10
+        assert len(Books(restored.url("postgres")).operations) == 7 + 3 * 3
+        service.stop()
+    finally:
+        restored.stop()
+
+
+# Upgrades of PostgreSQL
+
+
+@pytest.mark.parametrize("old_server", [OLDER], ids=["from_version_16"], indirect=True)
+def test_pg_upgrade_keeps_everything_and_the_service_goes_on(
+    old_server: Postgres, start: Start, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    upgrade, analyze = blocks("Upgrading PostgreSQL with pg_upgrade")
+    folder = open_folder(tmp_path_factory, "upgrade")
+    (folder / "new").mkdir(mode=0o711)
+    old, new = (enterable(binaries, folder) for binaries in (OLDER, BINARIES))
+    before = Books(old_server.url("postgres"))
+    with psycopg.connect(old_server.url("postgres"), autocommit=True) as connection:
+        connection.execute("analyze")
+    old_server.stop()
+    if os.geteuid() == 0:
+        for path in (folder, folder / "new"):
+            os.chown(path, NOBODY, NOBODY)
+
+    places = {"/usr/lib/postgresql/16/bin": old, "/var/lib/postgresql/16/main": old_server.data}
+    for named, place in places.items():
+        assert named in upgrade
+        upgrade = upgrade.replace(named, str(place))
+    user = {"user": NOBODY, "group": NOBODY, "extra_groups": []} if os.geteuid() == 0 else {}
+    path = os.pathsep.join([str(new), os.environ["PATH"]])
+    ran = subprocess.run(
+        ["bash", "-ec", upgrade], cwd=folder, env=environment_with(PATH=path), capture_output=True, text=True, **user
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+
+    upgraded = Postgres(folder / "new", "fsync=off")
+    if os.geteuid() == 0:
+        os.chown(folder / "new", 0, 0)
+    upgraded.start()
+    try:
+        with psycopg.connect(upgraded.url("postgres"), autocommit=True) as connection:
+            statistics = "select count(*) from pg_stats where schemaname = 'wallet' and tablename = 'operation'"
+            [[columns]] = connection.execute(statistics).fetchall()
+            assert columns > 5
+            assert {owner for _, _, _, owner, _, _ in catalogue(connection)["tables"]} == {"wallet_owner"}
+        assert "(0 rows)" in run(lines(analyze), folder, upgraded).stdout
+        after = Books(upgraded.url("postgres"))
+        assert (after.wallets, after.operations) == (before.wallets, before.operations)
+        assert run(commands("Migrations in CI"), CHECKOUT, DATABASE_URL=upgraded.url("postgres")).returncode == 0
+        service = start(DATABASE_URL=upgraded.url(LOGIN))
+        service.deposit("w", 5)
+        assert service.balance("w") == 505
+        assert service.ask("/api/v1/wallets", {})[1]["id"] == 2
+        with psycopg.connect(upgraded.url("postgres")) as connection, pytest.raises(psycopg.errors.CheckViolation):
+            connection.execute("update wallet.operation set balance_after = -1")
+        service.stop()
+    finally:
+        upgraded.stop()
+
+
+def enterable(binaries: Path, folder: Path) -> Path:
+    """Return the programs of an embedded version where every user can run them: a copy, if need be."""
+    if all(parent.stat().st_mode & 0o001 for parent in binaries.parents):
+        return binaries
+    package = binaries.parents[1]
+    shutil.copytree(binaries.parent, folder / package.name / binaries.parent.name, symlinks=True)
+    libraries = package.with_name(f"{package.name}.libs")
+    shutil.copytree(libraries, folder / libraries.name, symlinks=True, dirs_exist_ok=True)
+    return folder / package.name / binaries.parent.name / binaries.name

@@ -8,7 +8,7 @@ import time
 import traceback
 from collections.abc import Sequence
 
-from tests.proof import fuzz, model, report, soak
+from tests.proof import fuzz, model, power, report, soak
 from tests.proof.controls import CONTROLS
 from tests.proof.faults import FAULTS, thousand_connections
 from tests.proof.section import Account, Scale, Section
@@ -19,7 +19,9 @@ SECTIONS: dict[str, Section] = {
     "fuzz": fuzz.run,
     **FAULTS,
     "thousand-connections": thousand_connections,
+    "power-loss": power.power_loss,
     **CONTROLS,
+    "control-not-flushed": power.control_not_flushed,
     "soak": soak.run,
 }
 

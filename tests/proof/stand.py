@@ -88,7 +88,7 @@ def server(folder: Path | None = None, *settings: str) -> Iterator[Postgres]:
     with contextlib.ExitStack() as stack:
         if folder is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="wallet-proof-")))
-        shutil.copytree(Path(_template().name) / "postgres", folder / "postgres")
+        shutil.copytree(Path(_template().name) / "postgres", folder / "postgres", dirs_exist_ok=True)
         postgres = Postgres(folder, *settings)
         postgres.start()
         stack.callback(postgres.stop)
