@@ -4,12 +4,13 @@ import asyncio
 import logging
 import os
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import asyncpg
 from asyncpg.connect_utils import SessionAttribute
 
 from app.calls.refusals import NO_SUCCESS, NotReplicated
+from app.settings import HOST
 
 CONNECT_TIMEOUT = 5.0
 """Seconds until an attempt to connect is given up, or to close in good order."""
@@ -126,6 +127,7 @@ def several_hosts(url: str) -> list[tuple[str, int]]:
         ports = query.get("port", [default])[-1].split(",")
         ports *= len(hosts) if len(ports) == 1 else 1
     else:
-        hosts = [host.partition(":")[0] for host in named.split(",")]
-        ports = [host.partition(":")[2] or default for host in named.split(",")]
+        parts_of = [HOST.fullmatch(host) for host in named.split(",")]
+        hosts = [unquote(each[1].strip("[]")) for each in parts_of if each]
+        ports = [each[2] or default for each in parts_of if each]
     return [(host, int(port or 5432)) for host, port in zip(hosts, ports, strict=True)] if len(hosts) > 1 else []

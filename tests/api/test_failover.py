@@ -197,6 +197,8 @@ async def test_idle_sessions_of_a_lost_primary_are_not_tried_one_after_another(
         ("postgresql://u@one/d", {}, []),
         ("postgresql://u@one:1,two:2/d", {}, [("one", 1), ("two", 2)]),
         ("postgresql://u:p@one,two:2/d?sslmode=disable", {"PGPORT": "7"}, [("one", 7), ("two", 2)]),
+        ("postgresql://u@%2Fa,%2Fb:2/d", {}, [("/a", 5432), ("/b", 2)]),
+        ("postgresql://u@[::1]:1,[::2]/d", {}, [("::1", 1), ("::2", 5432)]),
         ("postgresql://u@/d?host=/a,/b&port=1,2", {}, [("/a", 1), ("/b", 2)]),
         ("postgresql://u@/d?host=/a,/b&port=1", {}, [("/a", 1), ("/b", 1)]),
         ("postgresql://u@/d?host=/a,/b", {}, [("/a", 5432), ("/b", 5432)]),
