@@ -38,7 +38,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     access: str | None = None
     """`keys`: requests need a key; `open`: none does. None: open on a loopback address, and no start on another one."""
     trusted_proxies: str | None = None
-    """Addresses or networks, separated by commas, of the proxies that are believed whose request they pass on."""
+    """Addresses or networks, separated by commas, of proxies whose X-Forwarded-For is believed."""
     workers: int = 1
     """Processes that serve requests."""
     pool_size: int = 10
@@ -62,7 +62,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     allow_fsync_off: bool = False
     """Whether to start on a database with fsync = off, which loses answered operations if its machine crashes."""
     log_level: str = "INFO"
-    """DEBUG, INFO (a line a request), WARNING or ERROR, in any case."""
+    """DEBUG, INFO (a line a request), WARNING or ERROR, in upper or lower case."""
     shutdown_timeout: float = 30.0
     """Seconds that requests in flight have to finish once the service is told to stop."""
 

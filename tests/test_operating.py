@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -305,7 +306,7 @@ def test_pg_upgrade_keeps_everything_and_the_service_goes_on(
     places = {"/usr/lib/postgresql/16/bin": old, "/var/lib/postgresql/16/main": old_server.data}
     for named, place in places.items():
         assert named in upgrade
-        upgrade = upgrade.replace(named, str(place))
+        upgrade = upgrade.replace(named, shlex.quote(str(place)))
     user = {"user": NOBODY, "group": NOBODY, "extra_groups": []} if os.geteuid() == 0 else {}
     path = os.pathsep.join([str(new), os.environ["PATH"]])
     ran = subprocess.run(

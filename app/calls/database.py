@@ -289,7 +289,7 @@ async def is_migrated(connection: Any) -> bool:
 async def readiness(pool: Pool) -> tuple[bool, bool]:
     """Return whether the database can be written, and whether it is migrated.
 
-    A session that may not write is as old as the setting that forbids it, so a new one is asked.
+    A session keeps the default_transaction_read_only that it began with: where it may not write, a new one is asked.
     """
     for _ in range(2):
         async with pool.connection() as connection:
@@ -344,9 +344,10 @@ async def set_status(pool: Pool, wallet_uuid: str, status: str) -> Balance:
 
 
 async def _change(pool: Pool, query: str, *arguments: object) -> list[asyncpg.Record]:
-    """Make a call that changes something. What it is refused for is on the standby before it is told.
+    """Make a call that changes something. Before a refusal is told, what it is based on is on the standby.
 
-    What is refused is taken back, and so waits for nothing. What it was refused for may be a call whose wait was ended.
+    A call that raises commits nothing, and so waits for no standby. But what it met may be a commit whose wait was
+    ended. So a message is committed then, which waits for all that came before.
     """
     try:
         return await pool.fetch(query, *arguments)

@@ -42,7 +42,7 @@ HEADROOM = 0.1
 With less, after an outage as long as the deadline, the oldest request of each call would spoil it for all the others.
 """
 COMPANY_SHARE = 8
-"""What a call is smaller by while several parties ask: what one of them floods a lane with comes in small portions."""
+"""The divisor of a call's size while several keys are active: a flood of one of them comes in small portions."""
 SHORT = 100
 """Operations of a call that is over soon."""
 SIDING_HEADROOM = 3 * HEADROOM
@@ -355,9 +355,9 @@ class Siding(Lane):
     def _take(self) -> list[Waiting]:
         """Take what is to go in the next call; answer those that have no time for another one and were not applied.
 
-        What needs a wallet in trouble, and what needs none any more, begin by turns. Alone goes an atomic request, and
-        what the database may refuse: nobody has to be told from it then. Without time for a call, each is 55P03; an
-        atomic request, which is tried as a whole, has no outcomes then.
+        What needs a wallet in trouble, and what needs none any more, begin by turns. An atomic request has a call to
+        itself, and so has one for a wallet to which the database refuses something: nobody fails with it then. Without
+        time for a call, each is 55P03; an atomic request, which is tried as a whole, has no outcomes then.
         """
         trouble, refusals = self._trouble.wallets, self._trouble.refusals.keys()
         taken: list[Waiting] = []

@@ -33,7 +33,7 @@ LOCK_TIMEOUT = 0.2
 LOCK_SHARE = 0.03
 """The part of a deadline that this takes, at most."""
 LEAST_ATTEMPT = 0.2
-"""The part of a deadline that every attempt may take, as far as it is left: it has to wait for locks, too."""
+"""The part of a deadline that every attempt has, if so much is left: it has to wait for locks, too."""
 REST = 0.02
 """Seconds that the database is left to others between two parts of a call, at most; else as long as a part took."""
 CLOCK_AGE = 5.0
@@ -235,7 +235,7 @@ class Line:
         """Make a call until it has an answer; in halves, down to the culprit, if the database refuses it as a whole.
 
         `found`: what came of earlier parts of the same call, if it is made in parts. What is for a wallet to which the
-        database has refused something is not tried, and 55P03: each would be a culprit that the others wait for.
+        database has refused something is left out, as 55P03: else each would have to be searched for by halving.
         """
         if found.refused and not (self._lost or self._thorough):
             tried = [found.refused.isdisjoint(request.wallets()) for request in requests]

@@ -103,8 +103,8 @@ def see_share(size: int, taken: int, own: int, full: str, wanted: int = 1) -> No
     """Raise Overloaded if `wanted` is not left of something, or if the asking party would have more than it leaves.
 
     The dynamic threshold of Choudhury and Hahne (1998): one party alone has up to a half, two a third each, and there
-    is always something left for one that comes. What a party asks for first it has, if it is left. `taken` is what all
-    have, `own` what this party has of it; `full` is what clients are told.
+    is always something left for one that comes. A party that has nothing of it gets what it asks for, if that is left.
+    `taken` is what all have, `own` what this party has of it; `full` is what clients are told.
     """
     left = size - taken - wanted
     if left < 0:

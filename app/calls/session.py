@@ -1,4 +1,4 @@
-"""Sessions of PostgreSQL: on the server that takes writes, and without success for a commit that was not waited for."""
+"""Sessions of PostgreSQL, on the server that takes writes; a commit whose wait for a standby was ended is no success."""
 
 import asyncio
 import logging

@@ -31,7 +31,7 @@ SECRET_LIMIT = 128
 """Characters of a secret, at most: a longer one is not looked up."""
 
 OPEN = ()
-"""The scopes of which one is needed for what everybody may ask."""
+"""The scopes of a route that needs no key."""
 SCOPES = {"DEPOSIT": "deposit", "WITHDRAW": "withdraw", "TRANSFER": "transfer", "HOLD": "hold", "RELEASE": "hold"}
 """The scope that each type of operation needs."""
 OPERATE = tuple(dict.fromkeys(SCOPES.values()))
