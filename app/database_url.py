@@ -59,6 +59,8 @@ def normalised(url: str) -> str:
         raise ValueError("has a slash in the name of its database")
     options = _options(parts["options"] or "")
     if "," in options.get("host", ""):
+        if parts["host"] or parts["port"]:
+            raise ValueError("names its hosts twice")
         _see_hosts(options["host"].split(","), options.get("port", "").split(","))
         return url
     for name in ("host", "port"):
@@ -90,6 +92,8 @@ def _names_several_hosts(url: str) -> bool:
     authority = re.match(r"postgres(?:ql)?://(?:[^/?#]*@)?([^/?#@]*)", url)
     if authority is None or not re.fullmatch(rf"{_HOST}(?:,{_HOST})+", authority[1], re.ASCII):
         return False
+    if re.search("[?&]port=", url):
+        raise ValueError("has a port behind the question mark: write it behind each host, as in one:5432,two:5432")
     one, _, _ = authority[1].partition(",")
     normalised(url.replace(authority[1], one, 1))
     for host in authority[1].split(","):

@@ -64,7 +64,8 @@ async def connect(url: str, deadline: float, name: str = "wallet", *, lock_timeo
 
     The server itself ends a statement after `deadline` seconds, so that none whose caller is gone holds a lock or a
     connection for ever, and a wait for a lock after `lock_timeout` seconds (0: never). Whatever the role or the
-    database have set, a commit is on disk before it is answered, and the isolation level is read committed.
+    database have set, a commit is on disk before it is answered, its WARNINGs are told (see Session), and the
+    isolation level is read committed.
     `name` is what pg_stat_activity calls the session.
     """
     connection = await open_session(url, server_settings={"application_name": name})
@@ -74,6 +75,7 @@ async def connect(url: str, deadline: float, name: str = "wallet", *, lock_timeo
             f"set statement_timeout = {round(deadline * 1000)};"
             f"set lock_timeout = {round(lock_timeout * 1000)};"
             "set default_transaction_isolation = 'read committed';"
+            "set client_min_messages = warning;"
             "select set_config('synchronous_commit', 'on', false)"
             " where current_setting('synchronous_commit') <> 'remote_apply'"
         )

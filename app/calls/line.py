@@ -136,14 +136,15 @@ class Outcome(NamedTuple):
 
 
 class Found:
-    """What came of the earlier parts of a call: which operations they applied, to which wallets something was refused.
+    """What came of the earlier parts of a call: which operations they applied, and which wallets are left out since.
 
-    A transfer that the database refuses says of neither wallet that it is the one.
+    Those are the wallets to which the database refused something, and the others of what was left out for them: what
+    comes behind it must not go before it. A transfer that is refused says of neither wallet that it is the one.
     """
 
     def __init__(self) -> None:
         self.applied: set[UUID] = set()
-        self.refused: set[str] = set()
+        self.later: set[str] = set()
 
     def note(self, requests: Sequence[Request], outcomes: Sequence[Outcome]) -> None:
         """Note what came of a part."""
@@ -151,7 +152,14 @@ class Found:
             if outcome.sqlstate is None:
                 self.applied.add(request.operation_uuid)
             elif not (outcome.is_ours() or outcome.is_locked()) and request.counterparty_uuid is None:
-                self.refused.add(request.wallet_uuid)
+                self.later.add(request.wallet_uuid)
+
+    def leaves_out(self, request: Request) -> bool:
+        """Tell whether a request has to come later, and so have its wallets."""
+        if self.later.isdisjoint(request.wallets()):
+            return False
+        self.later.update(request.wallets())
+        return True
 
 
 class Line:
@@ -237,8 +245,8 @@ class Line:
         `found`: what came of earlier parts of the same call, if it is made in parts. What is for a wallet to which the
         database has refused something is left out, as 55P03: else each would have to be searched for by halving.
         """
-        if found.refused and not (self._lost or self._thorough):
-            tried = [found.refused.isdisjoint(request.wallets()) for request in requests]
+        if found.later and not (self._lost or self._thorough):
+            tried = [not found.leaves_out(request) for request in requests]
             if not all(tried):
                 rest = list(compress(requests, tried))
                 came = iter(await self._apply(rest, last, found) if rest else ())

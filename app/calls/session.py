@@ -1,4 +1,4 @@
-"""Sessions of PostgreSQL, on the server that takes writes; a commit whose wait for a standby was ended is no success."""
+"""Sessions of PostgreSQL, on the server that takes writes. A commit that did not wait for its standby is no success."""
 
 import asyncio
 import logging

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from app.calls.line import Outcome, Request, refused
+from app.calls.line import UNTRIED, Outcome, Request, refused
 from app.metrics import WALLETS_APART
 
 LIMIT = 10_000
@@ -38,7 +38,7 @@ class Trouble:
         well, or one of the two is known to be in such trouble, the others are not suspected.
         """
         fared = list(zip(requests, outcomes, strict=True))
-        failed = [(request, outcome) for request, outcome in fared if not outcome.is_ours()]
+        failed = [(request, outcome) for request, outcome in fared if not (outcome.is_ours() or outcome is UNTRIED)]
         if not failed and not self.wallets:
             return
         applied = {wallet for request, outcome in fared if outcome.is_new() for wallet in request.wallets()}

@@ -161,8 +161,11 @@ class Connection(web.RequestHandler):
                 self.refuse(431)
 
     def resume_reading(self, resume_parser: bool = True) -> None:
-        """Resume what was paused. aiohttp asks for it after each body, and else parses nothing once more each time."""
-        if self._reading_paused:
+        """Resume what was paused: aiohttp asks for it after each body, and parses once more what it has.
+
+        That is nothing, where the body is whole and no other request waits. Else its parser may have paused by itself.
+        """
+        if self._reading_paused or self._messages or not self._body.is_eof():
             super().resume_reading(resume_parser)
 
     def is_waiting(self) -> bool:

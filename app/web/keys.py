@@ -112,6 +112,8 @@ class Keys:
                     async with asyncio.timeout(timeout):
                         if connection is None or connection.is_closed() or connection.is_demoted():
                             assert settings.database_url is not None
+                            if connection is not None:
+                                connection.terminate()
                             connection = await connect(settings.database_url, timeout, "wallet keys")
                         await self._read(connection)
                     pause, told = pauses(), False

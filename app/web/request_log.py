@@ -11,7 +11,6 @@ from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler
 from msgspec import UNSET
 
-from app.calls.database import UNTIL
 from app.calls.parties import PARTY
 from app.logs import PEER, REQUEST_ID, AccessLine, AccessLog
 from app.metrics import REQUEST_SECONDS
@@ -45,12 +44,7 @@ async def answer(
     given = request.headers.get("X-Request-ID", "")
     request_id = given if _GOOD_ID.fullmatch(given) else f"{random.getrandbits(64):016x}"
     REQUEST_ID.set(request_id)
-    if PEER.get() != (peer := peer_of(request)):  # a connection's requests share a context, and to look costs less
-        PEER.set(peer)
-    if PARTY.get():
-        PARTY.set("")
-    if UNTIL.get() is not None:
-        UNTIL.set(None)
+    PEER.set(peer := peer_of(request))
     response: web.StreamResponse | None
     try:
         check_protocol(request)

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import gzip
 import json
+import re
 import resource
 import socket
 import struct
@@ -444,6 +445,49 @@ async def test_who_reads_answers_slowly_gets_them(client: TestClient, monkeypatc
             got += len(piece)
             await asyncio.sleep(0.02)
     assert got > number * len(await (await client.get("/openapi.json")).read())
+
+
+# What aiohttp's parser holds back
+
+
+async def answers_to(client: TestClient, *pieces: bytes) -> bytes:
+    """Send pieces one after another on one connection, the last of which asks to close it, and return all answers."""
+    reader, writer = await asyncio.open_connection(client.host, client.port)
+    for piece in pieces:
+        writer.write(piece)
+        await asyncio.sleep(0.1)
+    async with asyncio.timeout(10):
+        answers = await reader.read()
+    writer.close()
+    return answers
+
+
+def whole(*fields: str) -> bytes:
+    body = json.dumps(operation(1)).encode()
+    return head("/api/v1/wallets/w/operation", f"Content-Length: {len(body)}", *fields) + body
+
+
+@pytest.mark.parametrize("number", [5, 31, 32, 33, 130])
+async def test_pipelined_requests_are_all_answered(number: int, client: TestClient) -> None:
+    """aiohttp's parser stops after 32 that wait, and goes on when it is asked to."""
+    await create(client, {"w": 0})
+    first, last = whole(), whole("Connection: close")
+    middle = b"".join(whole() for _ in range(number - 2))
+    split = len(first) - 5
+    answers = await answers_to(client, first[:split], first[split:] + middle + last)
+    assert answers.count(b"HTTP/1.1 200 OK") == number
+    assert await balance(client, "w") == number
+
+
+@pytest.mark.parametrize("later", [True, False])
+async def test_a_request_after_a_body_of_many_chunks_is_answered(later: bool, client: TestClient) -> None:
+    """aiohttp's parser stops after so many chunks that nobody has read, and that may be the last one."""
+    await create(client, {"w": 0})
+    bulk = head("/api/v1/operations", "Transfer-Encoding: chunked") + b"1\r\n \r\n" * 16_385 + b"0\r\n\r\n"
+    last = whole("Connection: close")
+    answers = await answers_to(client, *([bulk, last] if later else [bulk + last]))
+    assert re.findall(rb"HTTP/1\.1 (\d+)", answers) == [b"400", b"200"]
+    assert await balance(client, "w") == 1
 
 
 # The protocol

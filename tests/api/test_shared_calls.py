@@ -16,7 +16,7 @@ from pytest_aiohttp.plugin import AiohttpClient
 
 from app.calls.dispatch import SIDING, TROUBLE
 from app.calls.lane import Siding
-from app.calls.line import Line, Outcome, Request, refused
+from app.calls.line import UNTRIED, Line, Outcome, Request, refused
 from app.calls.parties import Parties
 from app.calls.trouble import Trouble
 from app.settings import Settings
@@ -490,7 +490,7 @@ async def test_what_the_database_refuses_to_a_wallet_costs_a_call_no_more_for_be
         line = CountingLine(Settings(database_url=database_url))
         requests = [Request("w", uuid4(), "DEPOSIT", 1) for _ in range(culprits)]
         requests += [Request(OTHERS[0], uuid4(), "TRANSFER", 1, "w")]
-        requests += [Request(wallet, uuid4(), "DEPOSIT", 1) for wallet in OTHERS]
+        requests += [Request(wallet, uuid4(), "DEPOSIT", 1) for wallet in OTHERS[1:]]
         requests[1::2], requests[::2] = requests[: len(requests) // 2], requests[len(requests) // 2 :]
         outcomes = await line.apply(requests, now() + 5)
         await line.close()
@@ -500,11 +500,38 @@ async def test_what_the_database_refuses_to_a_wallet_costs_a_call_no_more_for_be
             for request, outcome in zip(requests, outcomes, strict=True)
             if request.operation_type == "DEPOSIT"
         )
-        assert told.pop((False, None)) == 20
+        assert told.pop((False, None)) == 19
         assert told.pop((True, "P0001")) == 1
         assert told == ({(True, "55P03"): culprits - 1} if culprits > 1 else {})
     assert calls[20] <= calls[1] + 4
     assert await balance(client, "w") == 100
+
+
+async def test_what_is_left_out_for_a_refused_wallet_is_not_overtaken(
+    client: TestClient, superuser: psycopg.Connection
+) -> None:
+    """The transfer waits for its payer, to which the database refuses something, and the withdrawal for the transfer."""
+    superuser.execute(DEFERRED.replace("new.wallet_uuid = 'w'", "new.wallet_uuid = 'w' and new.amount = 7").encode())
+    asked = [("w", "DEPOSIT", 7, uuid4()), ("w", "TRANSFER", 60, uuid4()), (OTHERS[0], "WITHDRAW", 50, uuid4())]
+    operations = [
+        {"wallet_uuid": wallet, "operation_uuid": str(operation), "operation_type": kind, "amount": amount}
+        | ({"counterparty_uuid": OTHERS[0]} if kind == "TRANSFER" else {})
+        for wallet, kind, amount, operation in asked
+    ]
+    told = await results(await client.post("/api/v1/operations", json={"operations": operations}))
+    assert [result.get("code") for result in told] == ["database_refused", None, None]
+    assert [await balance(client, wallet) for wallet in ("w", OTHERS[0])] == [40, 10]
+
+
+def test_what_was_left_out_of_a_call_puts_no_wallet_in_trouble() -> None:
+    trouble = Trouble()
+    requests = [
+        Request("w", uuid4(), "DEPOSIT", 1),
+        Request("w", uuid4(), "DEPOSIT", 7),
+        Request("w", uuid4(), "TRANSFER", 1, "v"),
+    ]
+    trouble.note(requests, [Outcome(None, None, True, 1, 0, 1, None), refused("23514"), UNTRIED])
+    assert trouble.wallets == set()
 
 
 async def test_a_refusal_of_the_database_hides_no_duplicate_of_the_others(

@@ -32,7 +32,9 @@ Ask = Callable[[TestClient, str, UUID], Awaitable[ClientResponse]]
 
 @pytest.fixture(scope="module")
 def servers(used_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Postgres, Postgres]]:
+    """A primary and its standby; the service's login has a setting by which a WARNING would not be told."""
     with replicated(used_home, open_folder(tmp_path_factory, "servers")) as servers:
+        execute(servers[0], f"alter role {LOGIN} set client_min_messages = error")
         yield servers
 
 
