@@ -510,7 +510,7 @@ async def test_what_the_database_refuses_to_a_wallet_costs_a_call_no_more_for_be
 async def test_what_is_left_out_for_a_refused_wallet_is_not_overtaken(
     client: TestClient, superuser: psycopg.Connection
 ) -> None:
-    """The transfer waits for its payer, to which the database refuses something, and the withdrawal for the transfer."""
+    """The transfer waits for its payer, to which the database refuses something; the withdrawal for the transfer."""
     superuser.execute(DEFERRED.replace("new.wallet_uuid = 'w'", "new.wallet_uuid = 'w' and new.amount = 7").encode())
     asked = [("w", "DEPOSIT", 7, uuid4()), ("w", "TRANSFER", 60, uuid4()), (OTHERS[0], "WITHDRAW", 50, uuid4())]
     operations = [
