@@ -30,8 +30,10 @@ PATIENCE = 0.2
 """Seconds that an attacker waits for an answer, or for the end of the connection."""
 NEIGHBOUR_SECONDS = 1.0
 """Seconds that a well-behaved client may have to wait for an answer meanwhile."""
+WARM_UP = 1000
+"""Attacks, at least, until the heap has room for the largest bodies at once and grows no more unless something leaks."""
 GROWTH = 24 * 2**20
-"""Bytes that the service may grow by between the first fifth of the attacks and the end."""
+"""Bytes that the service may grow by between the warm-up, at least the first fifth of the attacks, and the end."""
 LOG_PER_ATTACK = 1000
 """Bytes of log that an attack may leave, on the average: some are a dozen requests, a line each."""
 SILENT_SECONDS = 75.0
@@ -257,14 +259,14 @@ class Fuzz:
         self.running = running
         self.account = account
         self.chance = scale.random("fuzz")
-        self.attacks = scale.times(20_000, 500)
+        self.attacks = scale.times(20_000, 1500)
         self.short = scale.short
         self.over = False
 
     async def run(self) -> None:
         neighbour = asyncio.create_task(self.neighbour())
         stalled = asyncio.create_task(self.stall())
-        warm = self.attacks // 5
+        warm = max(self.attacks // 5, WARM_UP)
         await self.attack_all(warm)
         before, log_before = memory(processes(self.running)), self.running.log.stat().st_size
         await self.attack_all(self.attacks - warm)
