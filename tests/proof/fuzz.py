@@ -31,7 +31,7 @@ PATIENCE = 0.2
 NEIGHBOUR_SECONDS = 1.0
 """Seconds that a well-behaved client may have to wait for an answer meanwhile."""
 WARM_UP = 1000
-"""Attacks, at least, until the heap has room for the largest bodies at once and grows no more unless something leaks."""
+"""Attacks, at least, until the heap has room for the largest bodies, and grows no more unless something leaks."""
 GROWTH = 24 * 2**20
 """Bytes that the service may grow by between the warm-up, at least the first fifth of the attacks, and the end."""
 LOG_PER_ATTACK = 1000
