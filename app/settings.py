@@ -122,7 +122,7 @@ def from_environment(environment: Mapping[str, str] = os.environ) -> Settings:
 
 
 def access(settings: Settings) -> str:
-    """Return whether requests need keys: `open` or `keys`. Raises StartupError where neither is set off loopback."""
+    """Return whether requests need keys: `open` or `keys`. Raises StartupError if a host off loopback has neither."""
     if settings.access is None and not is_loopback(settings.host):
         raise StartupError(
             f"others can reach HOST {settings.host}: set ACCESS=keys (requests need a key: python -m app key create) "

@@ -36,7 +36,8 @@ Half of each fault's cycles run with one worker, half with two.
 What is done and how often stands in [faults.py](faults.py); in the sections named *control* the service or its database
 is broken on purpose, and a *finding* is a defect that was not noticed.
 
-A killed process leaves what it wrote in the kernel's cache: a loss of power is not part of this proof, `fsync` is.
+A killed process leaves what it wrote in the kernel's cache. In *power-loss* the data lies on a disk that forgets
+what was not flushed.
 The seed fixes every choice, not the order in which processes get to run.
 """
 
