@@ -657,6 +657,63 @@ comment on function wallet.apply_operations(text[], uuid[], text[], bigint[], te
   'and, without a lock_timeout, 40P01 (nothing was applied: ask again) where one of two batches that name the same operation_uuids is applied in parts, '
   'because the database refuses something in it or its clock was set back.';
 
+-- Only the caller gets the secret. It is made, hashed and returned by PL/pgSQL expressions, whose values are never logged. A value that
+-- is passed to an SQL statement or to a function in SQL may be logged, as a constant of a plan (debug_print_plan) or as a parameter
+-- (auto_explain): the insert is given the digest only.
+create or replace function wallet.create_key(
+  p_name text,
+  p_scopes text[],
+  p_wallet_prefix text default null,
+  p_expires_at timestamptz default null
+)
+returns text
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_fault text := coalesce(
+    replace(wallet.name_fault(p_name), 'wallet_uuid', 'name'),
+    case when p_wallet_prefix is not null then replace(wallet.name_fault(p_wallet_prefix), 'wallet_uuid', 'wallet_prefix') end
+  );
+  v_secret text;
+  v_digest bytea;
+begin
+  if current_setting('transaction_isolation') not in ('read committed', 'read uncommitted') then
+    perform wallet.raise_isolation_level();
+  elsif v_fault is not null then
+    raise sqlstate 'WA400' using message = v_fault;
+  elsif array_ndims(p_scopes) is distinct from 1 or array_position(p_scopes, null) is not null
+    or not p_scopes <@ array['read', 'create', 'deposit', 'withdraw', 'transfer', 'hold', 'admin', 'metrics']
+    then
+    raise sqlstate 'WA400' using message = 'scopes must be one or more of read, create, deposit, withdraw, transfer, hold, admin and metrics';
+  elsif p_expires_at < '0001-01-01 00:00:00+00' or p_expires_at >= '10000-01-01 00:00:00+00' then
+    raise sqlstate 'WA400' using message = 'expires_at must be in the years 1 to 9999';
+  end if;
+
+  -- 122 random bits in each UUID (RFC 9562, section 5.4), 256 in the hash; base64url without padding (RFC 4648, section 5).
+  v_secret := encode(sha256(uuid_send(gen_random_uuid()) || uuid_send(gen_random_uuid()) || uuid_send(gen_random_uuid())), 'base64');
+  v_secret := 'wk_' || translate(v_secret, '+/=', '-_');
+  v_digest := sha256(convert_to(v_secret, 'UTF8'));
+
+  insert into wallet.key (name, digest, scopes, wallet_prefix, expires_at)
+  values (p_name, v_digest, array(select distinct s.scope collate "C" from unnest(p_scopes) as s (scope) order by 1), p_wallet_prefix, p_expires_at)
+  on conflict do nothing;
+
+  if not found then
+    raise sqlstate 'WA420' using message = wallet.fault_message('WA420');
+  end if;
+
+  return v_secret;
+end
+$$;
+
+comment on function wallet.create_key(text, text[], text, timestamptz) is
+  'Makes a key for REST callers and returns its secret, which is stored nowhere and never shown again: wk_ and 43 characters of A-Z, a-z, 0-9, _ and -. '
+  'p_name: 1 to 64 characters of A-Z, a-z, 0-9, _ and -; it stays taken for good. p_scopes: one or more of read, create, deposit, withdraw, transfer, hold, admin '
+  'and metrics. p_wallet_prefix: the key reaches only wallets whose names begin so, byte for byte; null for all. p_expires_at: from when on it is refused, by the database''s '
+  'clock; null for never. One that is past makes a key that is refused. Raises WA400 (bad name, scopes, prefix or expiry), WA420 (the key exists, perhaps revoked or '
+  'expired), 0A000 (another isolation level than read committed).';
+
 -- The row is locked whether it is changed or not: a commit that wrote nothing waits for no synchronous standby, and a key that
 -- was revoked before must be on it when this one is answered.
 create or replace function wallet.revoke_key(p_name text)
@@ -758,9 +815,7 @@ set local role wallet_owner;
 --
 -- What else the database refuses (a constraint, a trigger, an operation_uuid that stays in flight) it refuses to a single
 -- request, and doesn't say to which. Both halves of the batch are then applied by themselves, one after the other, down to
--- that request. All wallets stay locked meanwhile. The second half inserts after the first, whatever its operation_uuids are: so
--- without a lock_timeout a batch in halves can deadlock (40P01) with another that names the same operations for other wallets. Under
--- a lock_timeout halves wait for 1 ms, less than any deadlock takes, and the request that waited is 55P03.
+-- that request. All wallets stay locked meanwhile.
 --
 -- An atomic batch is applied as any other, and all of it is taken back if any request was refused.
 --
@@ -1386,12 +1441,66 @@ comment on function wallet.apply_operations(text[], uuid[], text[], bigint[], te
   '(from 1), sqlstate and message (null: applied), same_request (whether what is recorded under its operation_uuid is this request: true for an applied one; '
   'null where nothing is recorded), and the row of the applied operation, or of the recorded one where the '
   'sqlstate is WA409 and it belongs to the same wallet. Outcomes per request: WA400, WA404, WA409, WA424, WA410, WA405, WA403, WA422, WA402, WA416 as in apply_operation. '
-  'Also, for requests that were not applied and may be asked again: 55P03, under a lock_timeout, after WA409 (another transaction keeps a wallet '
+  'Also, for requests that were not tried and may be asked again: 55P03, under a lock_timeout, after WA409 (another transaction keeps a wallet '
   'locked, or the operation_uuid in flight); and the SQLSTATE of whatever else the database refuses (a constraint, a trigger), its message in a WARNING. '
   'p_atomic: if any request is refused, none is applied, and the outcome of those that would have been is WA425. '
-  'Raises WA400 only for the arrays themselves (null, different lengths, more than one dimension), 57014 (too late), 0A000 unless the transaction is read committed, '
-  'and, without a lock_timeout, 40P01 (nothing was applied: ask again) where one of two batches that name the same operation_uuids is applied in parts, '
-  'because the database refuses something in it or its clock was set back.';
+  'Raises WA400 only for the arrays themselves (null, different lengths, more than one dimension), 57014 (too late), and 0A000 unless the transaction is read committed.';
+
+-- The secret must reach nobody but the caller. So it stands in assignments of PL/pgSQL only: what a statement or a function
+-- in SQL is given may end in the server's log, as a constant of its plan or as a parameter (debug_print_plan, auto_explain).
+create or replace function wallet.create_key(
+  p_name text,
+  p_scopes text[],
+  p_wallet_prefix text default null,
+  p_expires_at timestamptz default null
+)
+returns text
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_fault text := coalesce(
+    replace(wallet.name_fault(p_name), 'wallet_uuid', 'name'),
+    case when p_wallet_prefix is not null then replace(wallet.name_fault(p_wallet_prefix), 'wallet_uuid', 'wallet_prefix') end
+  );
+  v_secret text;
+  v_digest bytea;
+begin
+  if current_setting('transaction_isolation') not in ('read committed', 'read uncommitted') then
+    perform wallet.raise_isolation_level();
+  elsif v_fault is not null then
+    raise sqlstate 'WA400' using message = v_fault;
+  elsif array_ndims(p_scopes) is distinct from 1 or array_position(p_scopes, null) is not null
+    or not p_scopes <@ array['read', 'create', 'deposit', 'withdraw', 'transfer', 'hold', 'admin', 'metrics']
+    then
+    raise sqlstate 'WA400' using message = 'scopes must be one or more of read, create, deposit, withdraw, transfer, hold, admin and metrics';
+  elsif p_expires_at < '0001-01-01 00:00:00+00' or p_expires_at >= '10000-01-01 00:00:00+00' then
+    raise sqlstate 'WA400' using message = 'expires_at must be in the years 1 to 9999';
+  end if;
+
+  -- 122 random bits in each UUID (RFC 9562, section 5.4), 256 in the hash; base64url without padding (RFC 4648, section 5).
+  v_secret := encode(sha256(uuid_send(gen_random_uuid()) || uuid_send(gen_random_uuid()) || uuid_send(gen_random_uuid())), 'base64');
+  v_secret := 'wk_' || translate(v_secret, '+/=', '-_');
+  v_digest := sha256(convert_to(v_secret, 'UTF8'));
+
+  insert into wallet.key (name, digest, scopes, wallet_prefix, expires_at)
+  values (p_name, v_digest, array(select distinct s.scope collate "C" from unnest(p_scopes) as s (scope) order by 1), p_wallet_prefix, p_expires_at)
+  on conflict do nothing;
+
+  if not found then
+    raise sqlstate 'WA420' using message = wallet.fault_message('WA420');
+  end if;
+
+  return v_secret;
+end
+$$;
+
+comment on function wallet.create_key(text, text[], text, timestamptz) is
+  'Makes a key for REST callers and returns its secret, which is stored nowhere and never shown again: wk_ and 43 characters of A-Z, a-z, 0-9, _ and -. '
+  'p_name: 1 to 64 characters of A-Z, a-z, 0-9, _ and -; it stays taken for good. p_scopes: one or more of read, create, deposit, withdraw, transfer, hold, admin '
+  'and metrics. p_wallet_prefix: the key reaches only wallets whose names begin so, byte for byte; null for all. p_expires_at: from when on it is refused, by the database''s '
+  'clock; null for never. One that is past makes a key that is refused. Raises WA400 (bad name, scopes, prefix or expiry), WA420 (the key exists, perhaps revoked or '
+  'expired), 0A000 (another isolation level than read committed).';
 
 create or replace function wallet.revoke_key(p_name text)
 returns table (name text, scopes text[], wallet_prefix text, created_at timestamptz, expires_at timestamptz, revoked_at timestamptz)
