@@ -14,13 +14,13 @@ import psycopg
 import pytest
 
 from app.server.embedded import BINARIES, Postgres
-from app.server.migrations import LOGIN, dbmate
+from app.server.migrations import LOGIN
 from tests.api.test_process import wait_until
 from tests.cases import Request, deposit
 from tests.conftest import open_folder
 from tests.db.door import apply, apply_all, call
 from tests.proof.stand import signal_tree
-from tests.test_operating import OLDEST, blocks, run
+from tests.test_operating import OLDEST, blocks, migrated_server, run
 
 WALLETS = ("a", "b", "c", "d")
 START, PUBLISH = blocks("Change data capture")
@@ -169,22 +169,14 @@ def primary(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
 ) -> Iterator[Postgres]:
     """A migrated server with some empty wallets, as the first block of the recipe and a restart leave it."""
-    if not (request.param / "postgres").exists():
-        pytest.skip(f"there is no PostgreSQL in {request.param}")
-    postgres = Postgres(open_folder(tmp_path_factory, "primary"), "fsync=off", binaries=request.param)
-    postgres.start()
-    with psycopg.connect(postgres.url("postgres", "postgres"), autocommit=True) as connection:
-        connection.execute("create database wallet")
-    dbmate(postgres.url("postgres"), "migrations", "migrate")
-    with psycopg.connect(postgres.url("postgres"), autocommit=True) as connection:
-        connection.execute(f"create role {LOGIN} login in role wallet_app")
-        for wallet in WALLETS:
-            call(connection, "create_wallet", wallet)
-    run(START, tmp_path, postgres)
-    postgres.stop()
-    postgres.start()
-    yield postgres
-    postgres.stop()
+    with migrated_server(request.param, open_folder(tmp_path_factory, "primary")) as postgres:
+        with psycopg.connect(postgres.url("postgres"), autocommit=True) as connection:
+            for wallet in WALLETS:
+                call(connection, "create_wallet", wallet)
+        run(START, tmp_path, postgres)
+        postgres.stop()
+        postgres.start()
+        yield postgres
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """The commands of db/README.md's "Operating it" are run as they stand there: migrations, backup and restore."""
 
+import contextlib
 import os
 import re
 import shlex
@@ -98,23 +99,33 @@ def new_server(tmp_path: Path) -> Iterator[Postgres]:
     postgres.stop()
 
 
-@pytest.fixture(params=[BINARIES, OLDEST], ids=["same_version", "from_version_15"])
-def old_server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
-    """A server with a migrated database in which wallet `w` holds 500, by seven operations."""
-    if not (request.param / "postgres").exists():
-        pytest.skip(f"there is no PostgreSQL in {request.param}")
-    postgres = Postgres(open_folder(tmp_path_factory, "old"), "fsync=off", binaries=request.param)
+@contextlib.contextmanager
+def migrated_server(binaries: Path, home: Path) -> Iterator[Postgres]:
+    """A server of some version with a migrated database and the service's login; it may be stopped and started."""
+    if not (binaries / "postgres").exists():
+        pytest.skip(f"there is no PostgreSQL in {binaries}")
+    postgres = Postgres(home, "fsync=off", binaries=binaries)
     postgres.start()
     with psycopg.connect(postgres.url("postgres", "postgres"), autocommit=True) as connection:
         connection.execute("create database wallet")
     dbmate(postgres.url("postgres"), "migrations", "migrate")
     with psycopg.connect(postgres.url("postgres"), autocommit=True) as connection:
         connection.execute(f"create role {LOGIN} login in role wallet_app")
-        connection.execute("select wallet.create_wallet('w')")
-        for amount in (100, 50, 50, 100, 100, 60, 40):
-            connection.execute("select wallet.apply_operation('w', %s, 'DEPOSIT', %s)", [uuid4(), amount])
-    yield postgres
-    postgres.stop()
+    try:
+        yield postgres
+    finally:
+        postgres.stop()
+
+
+@pytest.fixture(params=[BINARIES, OLDEST], ids=["same_version", "from_version_15"])
+def old_server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
+    """A server with a migrated database in which wallet `w` holds 500, by seven operations."""
+    with migrated_server(request.param, open_folder(tmp_path_factory, "old")) as postgres:
+        with psycopg.connect(postgres.url("postgres"), autocommit=True) as connection:
+            connection.execute("select wallet.create_wallet('w')")
+            for amount in (100, 50, 50, 100, 100, 60, 40):
+                connection.execute("select wallet.apply_operation('w', %s, 'DEPOSIT', %s)", [uuid4(), amount])
+        yield postgres
 
 
 # Migrations
