@@ -216,7 +216,7 @@ class Lane:
         def fits(waiting: Waiting) -> bool:
             if taken and (waiting.atomic or room < len(waiting.requests)):
                 return False
-            return not away or waiting.party not in away
+            return waiting.party not in away
 
         while (waiting := self._waiting.take(fits, _cost)) is not None:
             if waiting.outcomes.done():  # it was given up before it was sent

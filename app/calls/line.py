@@ -252,7 +252,7 @@ class Line:
                 came = iter(await self._apply(rest, last, found) if rest else ())
                 return [next(came) if each else UNTRIED for each in tried]
         loop = asyncio.get_running_loop()
-        pause = None
+        pause = pauses()
         objection = None
         now = loop.time()
         limit = min(last, now + max(FIRST_ATTEMPT * (last - now), LEAST_ATTEMPT * self._deadline))
@@ -284,7 +284,6 @@ class Line:
                     objection = sqlstate
             RESENDS.inc()
             limit = last
-            pause = pause or pauses()
             await asyncio.sleep(min(next(pause), max(last - loop.time(), 0)))
 
     async def open(self) -> None:
@@ -373,10 +372,10 @@ class Line:
                     await asyncio.sleep(0.01)
                 else:
                     self._abandoned = None
-            if self._clock is None or loop.time() - self._clock_read > CLOCK_AGE:
-                clock: datetime = await self._connection.fetchval("select clock_timestamp()")
+            if (clock := self._ready()) is None:
+                clock = await self._connection.fetchval("select clock_timestamp()")
                 self._clock, self._clock_read = clock, loop.time()  # it was read earlier than this, if anything
-            return self._clock
+            return clock
         except BaseException:
             await self.close()
             raise

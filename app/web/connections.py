@@ -153,7 +153,7 @@ class Connection(web.RequestHandler):
                 self._body.set_exception(web.RequestPayloadError(message.message))
             self._body = EMPTY_PAYLOAD if body.is_eof() else body  # else each would live until the next request
             self._head = 0
-        elif data and belongs_to_head and (self._head or data.strip()) and not self._close:  # RFC 9112, section 2.2
+        elif belongs_to_head and (self._head or data.strip()) and not self._close:  # RFC 9112, section 2.2
             if self._head == 0:
                 self._head_began = self._loop.time()
             self._head += len(data)
