@@ -18,6 +18,7 @@ import psycopg
 import pytest
 import uvloop
 from aiohttp.test_utils import TestClient
+from psycopg.pq import TransactionStatus
 from pytest_aiohttp.plugin import AiohttpClient
 from pytest_postgresql import factories
 from pytest_postgresql.executors import NoopExecutor
@@ -132,6 +133,10 @@ CATALOGUES = """
     select string_agg(format('select %L, count(*), max(xmin::text::bigint) from %I', relname, relname), ' union all ')
     from pg_class where relnamespace = 'pg_catalog'::regnamespace and relkind = 'r' and not relisshared"""
 """What asks for the number of rows of each catalogue, and the last transaction that wrote one."""
+RESET = """
+    close all; set session authorization default; reset all; unlisten *; discard sequences; discard temp;
+    select pg_advisory_unlock_all()"""
+"""`discard all`, but that plans are kept: to plan the question for the catalogues takes longer than to ask it."""
 SETTINGS_OF_DATABASE = """
     select datconnlimit, datacl, (select count(*) from pg_db_role_setting where setdatabase = pg_database.oid)
     from pg_database where datname = current_database()"""
@@ -161,8 +166,7 @@ def clone(postgresql_noproc: NoopExecutor) -> Iterator[Clone]:
         return psycopg.connect(connection_url(host, user, name), autocommit=True, prepare_threshold=None)
 
     def state(connection: psycopg.Connection) -> list[object]:
-        [[catalogues]] = connection.execute(CATALOGUES).fetchall()
-        return [*sorted(connection.execute(catalogues)), *connection.execute(SETTINGS_OF_DATABASE)]
+        return [*sorted(connection.execute("execute catalogues")), *connection.execute(SETTINGS_OF_DATABASE)]
 
     def is_left(name: str, *but: int) -> bool:
         for _ in range(20):  # a session that was closed takes a moment to end; to drop a database then takes 0.1 s
@@ -172,8 +176,10 @@ def clone(postgresql_noproc: NoopExecutor) -> Iterator[Clone]:
         return False
 
     def is_as_new(connection: psycopg.Connection, name: str, session: int) -> bool:
-        with suppress(psycopg.Error):  # the test has ended it, or left it in a transaction
-            connection.execute("discard all")
+        if connection.info.transaction_status != TransactionStatus.IDLE:
+            return False
+        with suppress(psycopg.Error):  # the test has ended it
+            connection.execute(RESET)
             unchanged = is_left(name, session) and state(connection) == new
             return unchanged and connection.execute(IS_SMALL).fetchone() == (True,)
         return False
@@ -188,6 +194,8 @@ def clone(postgresql_noproc: NoopExecutor) -> Iterator[Clone]:
                 name = f"test_{uuid4().hex}"
                 maintenance.execute(f"create database {name} template {postgresql_noproc.template_dbname}")
                 connection = connect(name)
+                [[catalogues]] = connection.execute(CATALOGUES).fetchall()
+                connection.execute(f"prepare catalogues as {catalogues}")
                 if not new:
                     new[:] = state(connection)
             name, session = connection.info.dbname, connection.info.backend_pid
