@@ -16,12 +16,17 @@ INSTANT = timedelta(microseconds=1)
 
 
 def fill(superuser: psycopg.Connection, wallet: str, operations: int) -> None:
-    """Give a wallet deposits of 1, the first a second after noon and one each second from then on."""
+    """Give a wallet deposits of 1, the first a second after noon and one each second from then on.
+
+    Their names ascend: a million in any order take half as long again.
+    """
     superuser.execute(
         """
         insert into wallet.operation
           (wallet_uuid, operation_type, operation_uuid, seq, amount, balance_after, created_at)
-        select %(wallet)s, 'DEPOSIT', md5(%(wallet)s || n)::uuid, n, 1, n, %(noon)s + n * interval '1 second'
+        select
+          %(wallet)s, 'DEPOSIT', overlay(md5(%(wallet)s) placing lpad(to_hex(n), 8, '0') from 1)::uuid, n, 1, n,
+          %(noon)s + n * interval '1 second'
         from generate_series(1, %(operations)s) as n""",
         {"wallet": wallet, "noon": NOON, "operations": operations},
     )
