@@ -30,6 +30,8 @@ from app.web.application import make_app
 
 SETTINGS = ("DATABASE_URL", "HOST", "PORT", "WORKERS", "WALLET_DATA_DIR", "ACCESS", "TRUSTED_PROXIES")
 
+os.environ["HYPOTHESIS_NO_PLUGINS"] = "1"  # it would load trio, which nothing here uses
+
 MEMORY = Path("/dev/shm")
 ROOM = 4 * 2**30
 """Bytes that must be free in memory if the tests are to put their files there."""
