@@ -64,14 +64,14 @@ class Keys:
         self._trusted_until = -math.inf
         self._fresh = asyncio.Event()
 
-    async def admit(self, request: web.Request, scopes: Sequence[str]) -> None:
+    async def admit(self, request: web.Request, scopes: Sequence[str]) -> Key:
         """Take a request with a key that has one of these scopes, if it needs any, and reaches the wallet in its path.
 
-        Raises Problem: 401, 403; and TimeoutError if the keys cannot be read.
+        Returns the key. Raises Problem: 401, 403; and TimeoutError if the keys cannot be read.
         """
         if not scopes:
             request[CALLER] = ANYBODY
-            return
+            return ANYBODY
         secret = presented(request)
         if secret is None:
             raise unauthorized("This needs a key: Authorization: Bearer wk_...")
@@ -86,6 +86,7 @@ class Keys:
         if key.prefix and not request.match_info.get("wallet_uuid", key.prefix).startswith(key.prefix):
             raise out_of_reach(key)
         request[CALLER] = key
+        return key
 
     async def find(self, digest: bytes) -> Key | None:
         """Return the key with a digest. Waits for a reading up to the request's deadline, then raises TimeoutError.
@@ -158,9 +159,10 @@ async def keep(app: web.Application) -> AsyncIterator[None]:
         await reading
 
 
-async def admit_anybody(request: web.Request, scopes: Sequence[str]) -> None:
+async def admit_anybody(request: web.Request, scopes: Sequence[str]) -> Key:
     """Take every request, whatever it needs."""
     request[CALLER] = ANYBODY
+    return ANYBODY
 
 
 async def see_again(request: web.Request) -> None:
@@ -169,7 +171,7 @@ async def see_again(request: web.Request) -> None:
     Raises Problem: 401; and TimeoutError if the keys cannot be read.
     """
     caller = request[CALLER]
-    if caller is not ANYBODY and await request.app[KEYS].find(caller.digest) is None:
+    if caller.digest and await request.app[KEYS].find(caller.digest) is None:
         raise unknown()
 
 
