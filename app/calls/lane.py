@@ -123,7 +123,7 @@ class Lane:
         Raises Overloaded if too many clients wait already.
         """
         party = PARTY.get()
-        self._admit(party)
+        self._admit()
         until = until or deadline_of(self._deadline)
         waiting = Waiting(requests, self._loop.create_future(), until, atomic, party)
         self._insert(waiting)
@@ -140,8 +140,8 @@ class Lane:
         party = PARTY.get()
         see_share(self._limit, len(self._waiting), self._waiting.of(party), "Too many requests are waiting")
 
-    def _admit(self, party: str) -> None:
-        if party or len(self._waiting) >= self._limit:
+    def _admit(self) -> None:
+        if 2 * len(self._waiting) + 2 > self._limit:  # else everybody's share is free
             self.see_room()
         self._arrived.set()
         if not self._counting:
@@ -346,7 +346,7 @@ class Siding(Lane):
     ) -> asyncio.Future[list[Outcome]]:
         """Queue requests in the order of their deadlines."""
         party = PARTY.get()
-        self._admit(party)
+        self._admit()
         wallets = frozenset(wallet for request in requests for wallet in request.wallets())
         waiting = Waiting(requests, self._loop.create_future(), until, atomic, party, wallets, tried)
         self._insert(waiting)

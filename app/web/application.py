@@ -13,9 +13,9 @@ from app.calls.database import SETTINGS
 from app.calls.parties import PARTIES, Parties
 from app.calls.refusals import DATABASE_REFUSED, REFUSALS
 from app.settings import Settings, access
-from app.web import connections, docs, handlers, keys, origins, party, peers
+from app.web import connections, docs, handlers, keys, origins, peers
 from app.web.body import ROOM, Room, check_head
-from app.web.keys import OPEN, OPERATE, Keys
+from app.web.keys import OPEN, OPERATE, Key, Keys
 from app.web.messages import OperationType, check_query
 from app.web.request_log import access_log, answer
 from app.web.turns import Turns
@@ -92,7 +92,7 @@ def guarded(
     handler: Handler,
     scopes: tuple[str, ...],
     check_origin: Callable[[web.Request], None],
-    admit: Callable[[web.Request, tuple[str, ...]], Awaitable[None]],
+    admit: Callable[[web.Request, tuple[str, ...]], Awaitable[Key]],
 ) -> Handler:
     """Return a handler that is asked only for what its request's head allows.
 
@@ -102,18 +102,18 @@ def guarded(
 
     async def enter(request: web.Request) -> web.StreamResponse:
         check_origin(request)
-        await admit(request, scopes)
+        party = (await admit(request, scopes)).name
         check_head(request)
         if not has_query:
             check_query(request)
-        asking = party.party_of(request)
-        if not asking:
+        if not party:
             return await handler(request)
         parties = request.app[PARTIES]
-        await parties.enter(asking)
+        if not parties.enter_alone(party):
+            await parties.enter(party)
         try:
             return await handler(request)
         finally:
-            parties.leave(asking)
+            parties.leave(party)
 
     return enter

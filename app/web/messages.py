@@ -14,6 +14,7 @@ from msgspec import UNSET, Raw, UnsetType
 from app.calls.records import Balance, Hold, Operation
 from app.web.body import BODY_LIMIT, JSON, check_content_type, receive_body
 from app.web.problems import invalid, invalid_input
+from app.web.response import WholeResponse
 
 MAX_INT64 = 2**63 - 1
 _NAME = r"\A[A-Za-z0-9_-]{1,64}\Z"
@@ -373,4 +374,4 @@ def operation_uuid(request: web.Request) -> UUID:
 
 def respond(body: object, status: int = 200, **headers: str) -> web.Response:
     """Return a JSON response."""
-    return web.Response(body=msgspec.json.encode(body), status=status, headers=headers, content_type=JSON)
+    return WholeResponse(body=msgspec.json.encode(body), status=status, headers=headers, content_type=JSON)

@@ -9,6 +9,7 @@ import msgspec
 from aiohttp import web
 
 from app.calls.refusals import DATABASE_REFUSED, NO_ANSWER, REFUSALS, REFUSED, Overloaded, Refusal
+from app.web.response import WholeResponse
 
 RETRY = {"Retry-After": "1"}
 """Seconds after which it is right to ask again."""
@@ -57,7 +58,7 @@ class Problem(Exception):
             "code": self.code,
         }
         body.update((name, value) for name, value in self.members.items() if value is not None)
-        response = web.Response(
+        response = WholeResponse(
             body=msgspec.json.encode(body),
             status=self.status,
             headers=self.headers,

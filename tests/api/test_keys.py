@@ -673,3 +673,20 @@ async def test_a_million_unknown_keys_leave_nothing_and_take_no_longer_than_the_
     assert sys.getallocatedblocks() - before < 1000
     assert sum(parts[5:]) < 2 * sum(parts[:5])
     assert await find(hashlib.sha256(secret.encode()).digest()) is not None
+
+
+async def test_what_a_good_key_s_header_was_is_forgotten_at_the_next_reading(
+    database_url: str, superuser: psycopg.Connection, aiohttp_client: AiohttpClient
+) -> None:
+    """However many ways there are to write it."""
+    secret = make_key(superuser, "shop", "metrics")
+    client = await make_client(database_url, aiohttp_client)
+    await knows(client, secret)
+    for header in (f"Bearer {secret}", f"bearer {secret}", f"Bearer  {secret}", f"BEARER {secret}"):
+        answer = await client.get("/metrics", headers={"Authorization": header})
+        assert answer.status == 200
+    lately = client.app[keys.KEYS]._lately
+    assert lately.keys() <= {f"Bearer {secret}"}
+    async with asyncio.timeout(10):
+        while lately:
+            await asyncio.sleep(0.1)

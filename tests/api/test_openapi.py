@@ -23,7 +23,7 @@ from app.calls import refusals
 from app.server.migrations import TESTDATA_HISTORY, dbmate
 from app.settings import Settings
 from app.web import body as bodies
-from app.web import docs, party, problems, request_log
+from app.web import docs, keys, problems, request_log
 from app.web.application import make_app, routes
 from tests.api.door import create, deposit
 from tests.api.test_keys import SCOPES, bearer, make_key
@@ -491,7 +491,7 @@ async def test_an_overload_is_answered_as_shown(
     client = await aiohttp_client(make_app(Settings(database_url=database_url, lane_queue=0, bulk_queue=0)))
     if method != "get" and "/operation" in path:
         await is_as_shown(await client.request(method, path, json=body), "Overloaded")
-    monkeypatch.setattr(party, "party_of", lambda _request: "greedy")
+    monkeypatch.setattr(keys, "ANYBODY", keys.ANYBODY._replace(name="greedy"))
     client = await aiohttp_client(make_app(Settings(database_url=database_url, key_requests=0)))
     detail = "This key has 0 requests in flight already"
     await is_as_shown(await client.request(method, path, json=body), "Overloaded", detail=detail)

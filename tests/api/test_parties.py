@@ -9,7 +9,7 @@ from uuid import uuid4
 
 import psycopg
 import pytest
-from aiohttp import ClientResponse
+from aiohttp import ClientResponse, web
 from aiohttp.test_utils import TestClient
 from pytest_aiohttp.plugin import AiohttpClient
 
@@ -21,8 +21,9 @@ from app.calls.parties import PARTY, PORTION, ByTurns, Parties, Places, see_shar
 from app.calls.refusals import Overloaded
 from app.calls.trouble import Trouble
 from app.settings import Settings
-from app.web import handlers, party
+from app.web import handlers, keys
 from app.web.application import make_app
+from app.web.keys import CALLER, Key
 from app.web.messages import decode_part
 from app.web.turns import Turns
 from tests.api.door import balance, create, path, problem
@@ -38,7 +39,12 @@ TICK = 0.002
 
 @pytest.fixture(autouse=True)
 def _parties_by_header(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(party, "party_of", lambda request: request.headers.get("X-Party", ""))
+    async def admit(request: web.Request, _scopes: Sequence[str]) -> Key:
+        request[CALLER] = key = keys.ANYBODY._replace(name=request.headers.get("X-Party", ""))
+        PARTY.set(key.name)
+        return key
+
+    monkeypatch.setattr(keys, "admit_anybody", admit)
 
 
 @pytest.fixture
