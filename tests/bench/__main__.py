@@ -587,7 +587,7 @@ def environment(bench: Bench) -> dict[str, object]:
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
-    parser.add_argument("--short", action="store_true", help="two minutes instead of forty; writes no files")
+    parser.add_argument("--short", action="store_true", help="four minutes instead of forty-five; writes no files")
     parser.add_argument("--only", default="", metavar="TEXT", help="loads with this in their names; writes no files")
     parser.add_argument("--pgledger", nargs="+", type=Path, default=[], metavar="FILE", help="its SQL, to compare with")
     parser.add_argument("--before", type=Path, metavar="CHECKOUT", help="measure another checkout beside this one only")
