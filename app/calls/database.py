@@ -14,7 +14,7 @@ from uuid import UUID, uuid4
 import asyncpg
 from aiohttp import web
 
-from app.calls.parties import Places
+from app.calls.parties import PARTIES, Parties, Places
 from app.calls.records import Balance, Hold, Operation, Wallet, as_json, balance_of, hold_of, operation_of
 from app.calls.refusals import NO_ANSWER, NO_SUCCESS, Refusal
 from app.calls.session import CONNECT_TIMEOUT, open_session
@@ -42,6 +42,8 @@ LEAD = 0.05
 """The part of a deadline that is left when a call is given up: room for clock skew."""
 IDLE = 10.0
 """Seconds after which a connection that nobody needs is closed."""
+READ_SHARE = 4
+"""The divisor of a pool's size, for one key, while several are active: each of its connections keeps a core busy."""
 
 UNTIL: ContextVar[float | None] = ContextVar("until", default=None)
 """The deadline, on the loop's clock, of the request that is being handled, if it has waited for something before."""
@@ -154,10 +156,10 @@ class Pool:
     answered. Here a connection is closed unless its session is known to be good.
     """
 
-    def __init__(self, url: str, size: int, deadline: float) -> None:
+    def __init__(self, url: str, size: int, deadline: float, parties: Parties) -> None:
         self._url = url
         self.deadline = deadline
-        self._places = Places(size)
+        self._places = Places(size, lambda: max(size // READ_SHARE, 1) if parties.in_company() else size)
         self._idle: list[tuple[Any, float]] = []
         self._ending: set[asyncio.Task[None]] = set()
 
@@ -260,7 +262,7 @@ async def pool(app: web.Application) -> AsyncIterator[None]:
     """Keep a pool of connections while the app runs; they are made when they are needed."""
     settings = app[SETTINGS]
     assert settings.database_url is not None
-    app[POOL] = Pool(settings.database_url, settings.pool_size, settings.request_deadline)
+    app[POOL] = Pool(settings.database_url, settings.pool_size, settings.request_deadline, app[PARTIES])
     giving_back = asyncio.create_task(app[POOL].give_back())
     yield
     giving_back.cancel()

@@ -41,8 +41,11 @@ HEADROOM = 0.1
 
 With less, after an outage as long as the deadline, the oldest request of each call would spoil it for all the others.
 """
-COMPANY_SHARE = 8
-"""The divisor of a call's size while several keys are active: a flood of one of them comes in small portions."""
+COMPANY_SHARE = 32
+"""The divisor of a call's size while several keys are active.
+
+All that is in a call is answered at once, and all who were answered ask again at once: others wait for as long.
+"""
 SHORT = 100
 """Operations of a call that is over soon."""
 SIDING_HEADROOM = 3 * HEADROOM
@@ -188,6 +191,10 @@ class Lane:
             return set()
         return {waiting.party for sent in self._sent.values() if _size(sent) > SHORT for waiting in sent}
 
+    def _most(self) -> int | None:
+        """Return how many operations go in one call, at most, while there are several parties; None: there are not."""
+        return max(self._batch // COMPANY_SHARE, 1) if self._parties.in_company() else None
+
     async def _linger(self) -> None:
         """While another line has a call under way, wait a little for as many requests as it carries.
 
@@ -210,7 +217,7 @@ class Lane:
     def _take(self) -> list[Waiting]:
         """Take what is to go in the next call, by turns; single requests for wallets in trouble are answered 55P03."""
         taken: list[Waiting] = []
-        room = self._batch // COMPANY_SHARE if self._parties.in_company() else self._batch
+        room = self._most() or self._batch
         away = self._away()
 
         def fits(waiting: Waiting) -> bool:
@@ -247,8 +254,7 @@ class Lane:
             requests = [request for waiting in sent for request in waiting.requests]
             try:
                 last = sent[0].until - LEAD * self._deadline
-                most = self._batch // COMPANY_SHARE if self._parties.in_company() else None
-                found = await line.apply(requests, last, again=again, atomic=sent[0].atomic, most=most)
+                found = await line.apply(requests, last, again=again, atomic=sent[0].atomic, most=self._most())
             except TimeoutError:
                 again = True
                 self._sent[line] = self._with_headroom(sent)

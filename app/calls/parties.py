@@ -200,12 +200,14 @@ class ByTurns(Generic[T]):
 class Places:
     """Places that are lent by turns: a semaphore, fair between parties by the time for which each has had one.
 
-    That is less than a millisecond as a rule, and uvloop's clock is no finer.
+    That is less than a millisecond as a rule, and uvloop's clock is no finer. `most`: how many a party may have now.
     """
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, most: Callable[[], int] | None = None) -> None:
         self._free = number
-        self._turns: ByTurns[tuple[float, asyncio.Future[None]]] = ByTurns()
+        self._most = most or (lambda: number)
+        self._lent: Counter[str] = Counter()
+        self._turns: ByTurns[tuple[float, str, asyncio.Future[None]]] = ByTurns()
 
     def waiting(self) -> int:
         """Return how many wait for a place, those who gave up meanwhile included."""
@@ -225,29 +227,38 @@ class Places:
 
         `since`: from when on it counts as asked for, on the loop's clock; None: from now on.
         """
-        if self._free:
+        party = PARTY.get()
+        if self._free and self._lent[party] < self._most():
             self._free -= 1
+            self._lent[party] += 1
             return time.perf_counter()
         loop = asyncio.get_running_loop()
         turn = loop.create_future()
-        self._turns.add(PARTY.get(), (loop.time() if since is None else since, turn), itemgetter(0))
+        self._turns.add(party, (loop.time() if since is None else since, party, turn), itemgetter(0))
         try:
             await turn
         except BaseException:
             if not turn.cancelled():  # it was given a place, and gives up at the same moment
-                self._pass_on()
+                self._pass_on(party)
             raise
         return time.perf_counter()
 
     def give_back(self, began: float) -> None:
         """Give a place back that was had since `began`, and count that time to the party."""
-        self._turns.charge(PARTY.get(), time.perf_counter() - began)
-        self._pass_on()
+        party = PARTY.get()
+        self._turns.charge(party, time.perf_counter() - began)
+        self._pass_on(party)
 
-    def _pass_on(self) -> None:
-        while (waiting := self._turns.take(cost=lambda _: 0)) is not None:
-            _, turn = waiting
-            if not turn.done():
-                turn.set_result(None)
-                return
+    def _pass_on(self, party: str) -> None:
+        """Take a place back from a party, and lend what may be lent."""
         self._free += 1
+        self._lent[party] -= 1
+        if not self._lent[party]:
+            del self._lent[party]
+        most = self._most()
+        while self._free and (waiting := self._turns.take(lambda each: self._lent[each[1]] < most, lambda _: 0)):
+            _, party, turn = waiting
+            if not turn.done():
+                self._free -= 1
+                self._lent[party] += 1
+                turn.set_result(None)

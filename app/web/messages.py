@@ -57,7 +57,7 @@ class NewStatus(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     status: Literal["OPEN", "FROZEN", "CLOSED"]
 
 
-class Terms(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class Terms(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, gc=False):
     """What every request for an operation has: the body under the operation's own path. `amount` is in minor units.
 
     SQL decides which members a type needs and which it may have.
@@ -71,13 +71,13 @@ class Terms(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     metadata: dict[str, Raw] | None = None
 
 
-class NewOperation(Terms, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class NewOperation(Terms, frozen=True, forbid_unknown_fields=True, kw_only=True, gc=False):
     """The body of an operation."""
 
     operation_uuid: UUID
 
 
-class BulkOperation(NewOperation, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class BulkOperation(NewOperation, frozen=True, forbid_unknown_fields=True, kw_only=True, gc=False):
     """One operation of a bulk request."""
 
     wallet_uuid: WalletUuid
@@ -159,7 +159,7 @@ class Holds(msgspec.Struct, frozen=True):
     next: int | None
 
 
-class Applied(msgspec.Struct, frozen=True):
+class Applied(msgspec.Struct, frozen=True, gc=False):
     """The outcome of an operation of a bulk request that was applied. Money is in minor units."""
 
     operation_uuid: UUID
@@ -169,7 +169,7 @@ class Applied(msgspec.Struct, frozen=True):
     seq: int
 
 
-class Refused(msgspec.Struct, frozen=True):
+class Refused(msgspec.Struct, frozen=True, gc=False):
     """The outcome of an operation of a bulk request that was refused.
 
     A duplicate of the same wallet also has what is recorded, and whether that is the very same request.

@@ -14,6 +14,7 @@ from pytest_aiohttp.plugin import AiohttpClient
 
 from app.calls import database, dispatch
 from app.calls.database import connect
+from app.calls.parties import Parties
 from app.server.embedded import Postgres
 from app.server.migrations import LOGIN, bring_up_to_date
 from app.server.preconditions import check
@@ -127,7 +128,7 @@ async def test_a_session_is_kept_after_errors_that_are_known_to_be_harmless(
     body = f"begin raise sqlstate '{error}'; end"
     superuser.execute(f"create function public.fail() returns int language plpgsql as $$ {body} $$".encode())
     superuser.execute("grant usage on schema public to public")
-    pool = database.Pool(database_url, 1, 5)
+    pool = database.Pool(database_url, 1, 5, Parties(1))
 
     async def backend(query: str) -> int:
         async with pool.connection() as connection:

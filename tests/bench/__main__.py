@@ -20,7 +20,7 @@ from typing import Any
 
 import psycopg
 
-from tests.bench import loads, plot
+from tests.bench import fairness, loads, plot
 from tests.bench.loads import CHECKOUT, HERE, Bench, known_key, service, wrk
 
 CPUINFO = Path("/proc/cpuinfo")
@@ -313,6 +313,21 @@ def alone(bench: Bench, report: Report, seconds: int) -> None:
     )
 
 
+def floods(bench: Bench, report: Report, seconds: int) -> None:
+    """Measure a client alone, and beside another key's flood."""
+    for flood in fairness.FLOODS:
+        for quiet, size in fairness.QUIET.items():
+            alone, beside = fairness_names(flood, quiet)
+            if not report.leaves_out(beside):
+                for name, result in zip((alone, beside), fairness.measure(bench, flood, size, seconds), strict=True):
+                    report.add(name, result)
+
+
+def fairness_names(flood: str, quiet: str) -> tuple[str, str]:
+    """Return the names of a load of one client alone and beside a flood."""
+    return f"fairness: {quiet}, before {flood}", f"fairness: {quiet}, beside {flood}"
+
+
 def growth(bench: Bench, report: Report, seconds: int, rounds: int, millions: list[int]) -> None:
     """Measure hot and spread loads beside a new ledger and beside one that holds so many millions already."""
     for number in millions:
@@ -532,6 +547,12 @@ def targets(report: Report, millions: list[int], snapshot: int) -> Iterator[tupl
             0.9,
         ),
     ]
+    for flood in fairness.FLOODS:
+        for quiet in fairness.QUIET:
+            alone, beside = fairness_names(flood, quiet)
+            if beside in report.rounds:
+                bound = max(fairness.BOUND_MS, fairness.TIMES_QUIET * report.median(alone, "p99_ms"))
+                lines.append((f"{beside}, p99 in ms", lambda name=beside: report.median(name, "p99_ms"), "<=", bound))
     for number in millions:
         for where, bound in (("one wallet", 0.85), ("10000 wallets", 0.7)):
             for load in (f"REST {where}, 256 connections", f"SQL {where}, 64 a call, 2 clients"):
@@ -566,7 +587,7 @@ def environment(bench: Bench) -> dict[str, object]:
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
-    parser.add_argument("--short", action="store_true", help="two minutes instead of forty; writes no files")
+    parser.add_argument("--short", action="store_true", help="four minutes instead of forty-five; writes no files")
     parser.add_argument("--only", default="", metavar="TEXT", help="loads with this in their names; writes no files")
     parser.add_argument("--pgledger", nargs="+", type=Path, default=[], metavar="FILE", help="its SQL, to compare with")
     parser.add_argument("--before", type=Path, metavar="CHECKOUT", help="measure another checkout beside this one only")
@@ -584,6 +605,7 @@ def main() -> None:
             return
         compared(bench, report, seconds, rounds, asked.pgledger)
         alone(bench, report, seconds)
+        floods(bench, report, 2 * seconds)
         many_wallets(bench, report, seconds)
         under_snapshot(bench, report, snapshot)
         rest(bench, report, "REST one wallet, 256 connections, a minute", connections=256, seconds=2 if short else 60)

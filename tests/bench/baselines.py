@@ -12,6 +12,7 @@ from aiohttp.typedefs import Handler
 
 from app.calls import database
 from app.calls.database import POOL, SETTINGS
+from app.calls.parties import PARTIES, Parties
 from app.server.supervisor import spare_the_collector
 from app.settings import from_environment
 from app.web.application import MIB
@@ -53,6 +54,7 @@ def main(kind: str) -> None:
     settings = from_environment()
     app = web.Application(middlewares=[problems])
     app[SETTINGS] = settings
+    app[PARTIES] = Parties(settings.key_requests)
     app[ROOM] = Room(settings.body_memory * MIB)
     app.cleanup_ctx.append(database.pool)
     app.router.add_post("/api/v1/wallets/{wallet_uuid}/operation", {"ceiling": ceiling, "single": single}[kind])

@@ -193,10 +193,11 @@ def wait_for(port: int, process: subprocess.Popen[bytes]) -> None:
     raise AssertionError(f"no service on port {port}")
 
 
-def known_key(port: int, postgres: Postgres, database: str) -> str:
-    """Make a key that deposits, wait until a service on this port knows it, and return its secret."""
+def known_key(port: int, postgres: Postgres, database: str, name: str = "bench") -> str:
+    """Make a key that deposits and reads, wait until a service on this port knows it, and return its secret."""
     with psycopg.connect(postgres.url("postgres", database), autocommit=True) as connection:
-        [[secret]] = connection.execute("select wallet.create_key('bench', '{deposit,metrics}')").fetchall()
+        call = "select wallet.create_key(%s, '{deposit,read,metrics}')"
+        [[secret]] = connection.execute(call, [name]).fetchall()
     request = urllib.request.Request(f"http://127.0.0.1:{port}/metrics", headers={"Authorization": f"Bearer {secret}"})
     for _ in range(100):
         try:
@@ -207,22 +208,27 @@ def known_key(port: int, postgres: Postgres, database: str) -> str:
     raise AssertionError("the service does not learn of a new key")
 
 
-def wrk(
+def wrk(port: int, connections: int, seconds: int, secret: str | None = None, **load: int) -> dict[str, Any]:
+    """Run wrk on one thread; return requests a second, the latencies and the count of answers that were not 2xx."""
+    environment = os.environ | ({} if secret is None else {"WALLET_KEY": secret})
+    command = wrk_command(port, connections, seconds, **load)
+    ran = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    result: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
+    result["per_second"] = result["requests"] / result["seconds"]
+    return result
+
+
+def wrk_command(
     port: int,
     connections: int,
     seconds: int,
+    *,
     wallets: int = 1,
     reads: int = 0,
     size: int = 1,
     payees: int = 0,
     holds: int = 0,
-    secret: str | None = None,
-) -> dict[str, Any]:
-    """Run wrk on one thread; return requests a second, the latencies and the count of answers that were not 2xx."""
+) -> list[str]:
+    """Return the command that has wrk ask for what wrk.lua is told."""
     command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--timeout", "30s", "-s", str(HERE / "wrk.lua")]
-    command += [f"http://127.0.0.1:{port}", "--", str(wallets), str(reads), str(size), str(payees), str(holds)]
-    environment = os.environ | ({} if secret is None else {"WALLET_KEY": secret})
-    ran = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    result: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
-    result["per_second"] = result["requests"] / result["seconds"]
-    return result
+    return [*command, f"http://127.0.0.1:{port}", "--", *map(str, (wallets, reads, size, payees, holds))]

@@ -1,4 +1,4 @@
--- Requests for wrk. Arguments after `--`: how many wallets, the share of balance reads in percent, operations per request, and
+-- Requests for wrk. Arguments after `--`: how many wallets, the share of balance reads in percent, operations per request,
 -- how many wallets are paid by transfers (0: none), and how many holds are open at a time (0: none are made). Wallet n is called w00001, w00002 ...; every operation is a DEPOSIT of 1 under a
 -- random UUID, or a TRANSFER of 1 to one of the wallets that are paid, or in turn a HOLD of 1 and the capture of the oldest that is
 -- open. With a WALLET_KEY in the environment, each request presents it. More than one operation goes as a bulk request. Prints one line of JSON at the end.
