@@ -85,6 +85,8 @@ def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEv
     return {"uvloop": uvloop.new_event_loop}
 
 
+PROGRAMS = Path(os.environ.get("WALLET_TEST_BINARIES", BINARIES))
+"""The folder of PostgreSQL's programs: those of the embedded server, unless others are asked for."""
 Clone = Callable[[], AbstractContextManager[psycopg.Connection]]
 
 
@@ -99,10 +101,9 @@ def open_folder(tmp_path_factory: pytest.TempPathFactory, name: str) -> Path:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
-    """A PostgreSQL server: the embedded one, or the one whose programs lie in WALLET_TEST_BINARIES."""
-    binaries = Path(os.environ.get("WALLET_TEST_BINARIES", BINARIES))
+    """A PostgreSQL server."""
     folder = open_folder(tmp_path_factory, "server")
-    postgres = Postgres(folder, "fsync=off", "max_connections=300", "max_locks_per_transaction=256", binaries=binaries)
+    postgres = Postgres(folder, "fsync=off", "max_connections=300", "max_locks_per_transaction=256", binaries=PROGRAMS)
     postgres.start()
     with psycopg.connect(postgres.url("postgres", "postgres"), autocommit=True) as connection:
         connection.execute("create role wallet_app")

@@ -9,16 +9,34 @@ from pathlib import Path
 
 import psycopg
 
-from app.server.embedded import BINARIES, Postgres
+from app.server.embedded import Postgres
+from tests.network import Cable, Machine
 
 NAME = "standby"
 """What a primary calls its standby (application_name)."""
 
 
-def standby_of(primary: Postgres, home: Path, *settings: str, name: str = NAME, binaries: Path = BINARIES) -> Postgres:
+class Wired(Postgres):
+    """A server on a machine of its own: the service reaches it through one cable, the other servers through another.
+
+    Its unix socket is reached from everywhere, as a file is.
+    """
+
+    def __init__(self, home: Path, *settings: str, binaries: Path, machine: Machine, front: Cable, back: Cable) -> None:
+        addresses = f"listen_addresses={front.address},{back.address}"
+        super().__init__(home, addresses, *settings, binaries=binaries)
+        self.machine = machine
+        self.front = front
+        self.back = back
+
+    def _run(self, cluster: int) -> None:
+        with self.machine.entered():
+            super()._run(cluster)
+
+
+def standby_of(primary: Postgres, standby: Postgres, name: str = NAME) -> Postgres:
     """Copy a running server and start the copy as its standby."""
-    standby = Postgres(home, *settings, binaries=binaries)
-    home.mkdir(mode=0o711)
+    standby.home.mkdir(mode=0o711)
     copy(primary, standby, name)
     standby.start()
     return standby
@@ -32,7 +50,9 @@ def copy(primary: Postgres, standby: Postgres, name: str) -> None:
 
 
 def _source(primary: Postgres, name: str) -> str:
-    return f"{primary.url('postgres', 'postgres')}&application_name={name}"
+    """Return how a server reaches the primary (primary_conninfo)."""
+    host = primary.back.address if isinstance(primary, Wired) else primary.socket_dir
+    return f"host={host} port=5432 user=postgres dbname=postgres application_name={name}"
 
 
 @contextlib.contextmanager
@@ -43,7 +63,7 @@ def replicated(home: Path, folder: Path) -> Iterator[tuple[Postgres, Postgres]]:
     with contextlib.ExitStack() as stack:
         stack.callback(primary.stop)
         primary.start()
-        standby = standby_of(primary, folder / "standby", "fsync=off")
+        standby = standby_of(primary, Postgres(folder / "standby", "fsync=off"))
         stack.callback(standby.stop)  # first: a primary stops when its standby has everything
         yield primary, standby
 
@@ -57,20 +77,18 @@ def execute(server: Postgres, *statements: str) -> list[tuple[object, ...]]:
 
 
 class Cluster:
-    """A primary and two standbys of the same settings. Who is the primary changes; names and sockets stay."""
+    """A primary and two standbys. Who is the primary changes; names and addresses stay."""
 
     NAMES = ("one", "two", "three")
 
-    def __init__(self, primary: Postgres, folder: Path, *settings: str) -> None:
-        """`folder`: where the standbys' homes are made. The primary runs with the same settings."""
+    def __init__(self, primary: Postgres, *standbys: Postgres) -> None:
+        """The standbys are made here, as copies of the primary, which runs."""
         self.primary = primary
-        self.servers = [primary]
-        self.names = {primary: self.NAMES[0]}
-        for name in self.NAMES[1:]:
-            standby = standby_of(primary, folder / name, *settings, name=name)
-            self.servers.append(standby)
-            self.names[standby] = name
-        for standby in self.standbys:
+        self.servers = [primary, *standbys]
+        self.names = dict(zip(self.servers, self.NAMES, strict=True))
+        for standby in standbys:
+            standby_of(primary, standby, self.names[standby])
+        for standby in standbys:
             self._is_followed_by(standby)
 
     @property
@@ -79,8 +97,10 @@ class Cluster:
 
     @property
     def hosts(self) -> str:
-        """All servers' folders of sockets, as DATABASE_URL names several hosts."""
-        return ",".join(str(server.socket_dir) for server in self.servers)
+        """All servers, as DATABASE_URL names several hosts."""
+        return ",".join(
+            server.front.address if isinstance(server, Wired) else str(server.socket_dir) for server in self.servers
+        )
 
     def promote(self) -> None:
         """Make the standby the primary that has most of the log, and the others that run its standbys."""
@@ -89,24 +109,24 @@ class Cluster:
         execute(self.primary, "select pg_promote()")
         for standby in self.standbys:
             if standby.is_running():
-                source = (
-                    f"user=postgres host={self.primary.socket_dir} port=5432 application_name={self.names[standby]}"
-                )
+                source = _source(self.primary, self.names[standby])
                 execute(standby, f"alter system set primary_conninfo = '{source}'", "select pg_reload_conf()")
 
     def rejoin(self, server: Postgres, *, rewind: bool) -> str:
         """Start the former primary as a standby: on what it has, taken back to where they parted, or on a copy.
 
-        Returns how. A server that is a copy itself may lack what pg_rewind needs of the log from before.
+        Returns how. After a crash pg_rewind first has the server recover, and keep its log from before as long as
+        postgresql.conf says: a setting of the command line is not seen then.
         """
         how = "copied anew"
         if rewind:
             command, arguments = server._command("pg_rewind", server.data)
             source = f"--source-server={_source(self.primary, self.names[server])}"
             options = [source, "--no-sync", "--write-recovery-conf"]
-            ran = subprocess.run([*command, *options], **arguments, capture_output=True)
-            rewind = ran.returncode == 0
-            how = "taken back by pg_rewind" if rewind else "copied anew after pg_rewind failed"
+            ran = subprocess.run([*command, *options], **arguments, capture_output=True, text=True)
+            how = "taken back by pg_rewind"
+            if ran.returncode:
+                rewind, how = False, f"copied anew, since pg_rewind failed: {ran.stderr[-300:]}"
         if not rewind:
             shutil.rmtree(server.data)
             copy(self.primary, server, self.names[server])
@@ -121,8 +141,3 @@ class Cluster:
         while not execute(self.primary, f"{query}'{self.names[standby]}'"):
             assert time.monotonic() < over, f"{self.names[standby]} does not follow"
             time.sleep(0.02)
-
-    def stop(self) -> None:
-        """Stop all servers, the standbys first: a primary stops when they have everything."""
-        for server in (*self.standbys, self.primary):
-            server.stop()

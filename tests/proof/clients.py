@@ -115,6 +115,7 @@ class Load:
         self.successes = 0
         self.last_success = 0.0
         """When an operation was last answered with a 200."""
+        self.deadline = deadline
         self._port = port
         self._patience = deadline + 10
         self._lingers = deadline + 1

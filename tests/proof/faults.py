@@ -24,13 +24,14 @@ from app.server.embedded import Postgres, connection_url
 from app.server.migrations import LOGIN, dbmate
 from app.settings import CHECKOUT
 from app.web.body import BULK_BODY_LIMIT
+from tests.network import Cable, can_wire
 from tests.proof.clients import WALLETS, Load
-from tests.proof.history import LOCKED, NOT_APPLIED, REFUSED, UNKNOWN, History, findings
+from tests.proof.history import APPLIED, LOCKED, NOT_APPLIED, REFUSED, UNKNOWN, History, findings
 from tests.proof.section import Account, Scale
 from tests.proof.service import memory
-from tests.proof.stand import STAND, Stand, cluster, server, stand
+from tests.proof.stand import STAND, Stand, cluster, server, stand, wired_cluster
 from tests.proxy import Point
-from tests.replication import Cluster
+from tests.replication import Cluster, Wired
 
 FUNCTIONS = CHECKOUT / "db" / "functions"
 LOG_LINES = 1000
@@ -397,27 +398,87 @@ async def primary_is_switched(trial: Trial) -> None:
 
 async def primary_is_replaced(trial: Trial, ended: Awaitable[None]) -> None:
     """Promote a standby once the primary has ended, wait for the service, and start the old primary as a standby."""
-    cluster = trial.stand.cluster
-    old = cluster.primary
+    old = trial.stand.postgres
+    await primary_is_promoted(trial, ended)
+    await old_primary_comes_back(trial, old)
+
+
+async def primary_is_promoted(trial: Trial, ended: Awaitable[None]) -> None:
     await ended
     moment = time.monotonic()
-    await asyncio.to_thread(cluster.promote)
+    await asyncio.to_thread(trial.stand.cluster.promote)
     await trial.recovers(moment)
-    rewind = trial.random.random() < 0.5
-    trial.account.counts[await asyncio.to_thread(cluster.rejoin, old, rewind=rewind)] += 1
+
+
+async def old_primary_comes_back(trial: Trial, old: Postgres) -> None:
+    how = await asyncio.to_thread(trial.stand.cluster.rejoin, old, rewind=trial.random.random() < 0.5)
+    trial.account.counts[how] += 1
+    if "failed" in how:
+        trial.account.findings.append(f"the old primary was {how}")
 
 
 async def standbys_are_cut_off(trial: Trial) -> None:
     """Nothing reaches the standbys for longer than the deadline: nothing succeeds meanwhile."""
     await trial.some_progress()
     async with standbys_cut_off(trial):
-        await asyncio.sleep(0.1)  # what a standby had confirmed is answered
-        before = trial.load.successes
-        await asyncio.sleep(trial.random.uniform(1.2, 2))  # the fault itself
-        if trial.load.successes > before:
-            trial.account.findings.append("an operation was answered that no standby had")
-        over = time.monotonic()
+        over = await nothing_succeeds(trial)
     await trial.recovers_in_time(over)
+
+
+async def nothing_succeeds(trial: Trial) -> float:
+    """See for longer than the deadline that what is asked for now has no success; return when that was over."""
+    began = time.monotonic()
+    await asyncio.sleep(trial.random.uniform(1.2, 2))  # the fault itself
+    attempts = (one for operation in trial.load.history.operations.values() for one in operation.attempts)
+    if applied := sum(one.outcome == APPLIED and one.sent > began for one in attempts):
+        trial.account.findings.append(f"{applied} operations were applied that could not be")
+    return time.monotonic()
+
+
+async def standbys_are_unplugged(trial: Trial) -> None:
+    """The network between the servers fails: nothing succeeds meanwhile."""
+    await is_unplugged(trial, wired(trial).back)
+
+
+async def primary_is_unplugged(trial: Trial) -> None:
+    """The network between the service and the primary fails; the servers reach each other."""
+    await is_unplugged(trial, wired(trial).front)
+
+
+async def is_unplugged(trial: Trial, cable: Cable) -> None:
+    """Pull a cable for longer than the deadline. By turns nothing is said to the other end, or all is reset."""
+    await trial.some_progress()
+    refuses = trial.account.counts["faults"] % 2 == 1
+    with cable.pulled(refuses=refuses):
+        over = await nothing_succeeds(trial)
+    trial.account.counts["resets" if refuses else "silences"] += 1
+    await trial.recovers_in_time(over)
+
+
+async def network_hiccups(trial: Trial) -> None:
+    """The network between the service and the primary fails for less than the half of a deadline."""
+    await trial.some_progress()
+    refuses = trial.account.counts["faults"] % 2 == 1
+    with wired(trial).front.pulled(refuses=refuses):
+        await asyncio.sleep(trial.random.uniform(0.5, 3))  # the fault itself
+    trial.account.counts["resets" if refuses else "silences"] += 1
+    await trial.recovers(time.monotonic())
+
+
+async def primary_vanishes(trial: Trial) -> None:
+    """The primary's machine is lost without a word to anybody: it answers nothing, and resets nothing."""
+    await trial.some_progress()
+    primary = wired(trial)
+    with primary.front.pulled(refuses=False), primary.back.pulled(refuses=False):
+        await primary_is_promoted(trial, trial.stand.kill_postgres())
+    await old_primary_comes_back(trial, primary)
+
+
+def wired(trial: Trial) -> Wired:
+    """Return the primary, which is on a machine of its own."""
+    primary = trial.stand.postgres
+    assert isinstance(primary, Wired)
+    return primary
 
 
 async def primary_is_lost_ahead(trial: Trial) -> None:
@@ -521,6 +582,10 @@ FAULTS = {
     "failover": Fault(primary_is_killed, 50, 3, Outage.SHORTER, server=cluster),
     "failover-ahead": Fault(primary_is_lost_ahead, 20, 2, Outage.SHORTER, server=cluster),
     "switch-over": Fault(primary_is_switched, 20, 2, Outage.SHORTER, server=cluster),
+    "failover-silent": Fault(primary_vanishes, 20, 2, Outage.SHORTER, server=wired_cluster),
+    "standbys-unplugged": Fault(standbys_are_unplugged, 20, 2, Outage.LONGER, settings=QUICK, server=wired_cluster),
+    "primary-unplugged": Fault(primary_is_unplugged, 20, 2, Outage.LONGER, settings=QUICK, server=wired_cluster),
+    "network-hiccups": Fault(network_hiccups, 20, 2, Outage.SHORTER, server=wired_cluster),
     "standbys-cut-off": Fault(standbys_are_cut_off, 20, 2, Outage.LONGER, settings=QUICK, server=cluster),
 }
 
@@ -536,6 +601,9 @@ async def trials(fault: Fault, scale: Scale) -> Account:
     account = Account()
     if fault.server is small_disk and not can_mount():
         account.counts["skipped: may not mount"] += 1
+        return account
+    if fault.server is wired_cluster and not can_wire():
+        account.counts["skipped: may not make network namespaces, or no ip"] += 1
         return account
     times = scale.times(fault.full, fault.short)
     with fault.server() as postgres:
@@ -566,12 +634,24 @@ async def under_load(fault: Fault, running: Stand, cycles: int, random: Random, 
         if not running.is_running():
             await running.start_service()
     await check(running, load, account)
+    answered_in_time(load, account)
     if (lines := running.log.read_bytes().count(b"\n")) > LOG_LINES * cycles:
         account.findings.append(f"the service logged {lines:,} lines about {cycles} faults")
     allowed = {503} if fault.outage is Outage.LONGER else set()
     for status, times in history.statuses.items():
         if status >= 500 and status not in allowed:
             account.findings.append(f"{times} answers of {status}: {fault.outage.value}")
+
+
+def answered_in_time(load: Load, account: Account) -> None:
+    """See that no request waited longer than its deadline, and a second for a busy machine."""
+    attempts = [one for operation in load.history.operations.values() for one in operation.attempts]
+    slowest = max(one.ended - one.sent for one in attempts)
+    account.figures["slowest answer ms"] = max(account.figures.get("slowest answer ms", 0), round(slowest * 1000, 1))
+    if slowest > load.deadline + 1:
+        account.findings.append(
+            f"a request with a deadline of {load.deadline:g} s had its answer after {slowest:.1f} s"
+        )
 
 
 async def check(running: Stand, load: Load, account: Account) -> None:

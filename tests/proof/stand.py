@@ -23,12 +23,13 @@ from app.server.embedded import Postgres, connection_url, die_with_parent
 from app.server.migrations import LOGIN, dbmate
 from app.settings import CHECKOUT
 from tests.api.test_process import free_port, is_alive
-from tests.conftest import environment_with
+from tests.conftest import PROGRAMS, environment_with
+from tests.network import Cable, Machine, Switch
 from tests.proof.clients import CLIENTS, Connection, Lost
 from tests.proof.history import Books, Row
 from tests.proxy import Http, Proxy
 from tests.proxy import Postgres as PostgresTalk
-from tests.replication import Cluster
+from tests.replication import Cluster, Wired
 
 TEMPLATE = "wallet"
 """The migrated database without a wallet from which each stand's own is cloned."""
@@ -71,7 +72,7 @@ async def gone(process: subprocess.Popen[bytes], pids: list[int]) -> None:
 def _template() -> tempfile.TemporaryDirectory[str]:
     """A cluster with a migrated database and the service's login, to be copied; it goes when the process ends."""
     folder = tempfile.TemporaryDirectory(prefix="wallet-proof-")
-    postgres = Postgres(Path(folder.name))
+    postgres = Postgres(Path(folder.name), binaries=PROGRAMS)
     postgres.start()
     try:
         dbmate(postgres.url("postgres", TEMPLATE), "migrations", "up")
@@ -83,30 +84,67 @@ def _template() -> tempfile.TemporaryDirectory[str]:
 
 
 @contextlib.contextmanager
-def server(folder: Path | None = None, *settings: str) -> Iterator[Postgres]:
-    """A durable PostgreSQL with its default settings but for those given, in a folder or in a temporary one."""
+def server(folder: Path | None = None) -> Iterator[Postgres]:
+    """A durable PostgreSQL with its default settings, in a folder or in a temporary one."""
     with contextlib.ExitStack() as stack:
         if folder is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="wallet-proof-")))
-        shutil.copytree(Path(_template().name) / "postgres", folder / "postgres", dirs_exist_ok=True)
-        postgres = Postgres(folder, *settings)
+        postgres = Postgres(folder, binaries=PROGRAMS)
+        _copy_template(postgres)
         postgres.start()
         stack.callback(postgres.stop)
         yield postgres
 
 
+def _copy_template(postgres: Postgres) -> None:
+    shutil.copytree(Path(_template().name) / "postgres", postgres.data, dirs_exist_ok=True)
+
+
+WAITS_FOR = f"ANY 1 ({', '.join(Cluster.NAMES)})"
+FOLLOWED = """
+wal_log_hints = on
+wal_keep_size = 256MB
+wal_retrieve_retry_interval = 100ms
+"""
+"""Settings of all servers of a cluster, in postgresql.conf: pg_rewind needs them there."""
+
+
 @contextlib.contextmanager
-def cluster(waits_for: str = f"ANY 1 ({', '.join(Cluster.NAMES)})") -> Iterator[Cluster]:
+def cluster(waits_for: str = WAITS_FOR, *, machines: Iterable[dict[str, Any]] = ({}, {}, {})) -> Iterator[Cluster]:
     """A primary and two standbys, durable; `waits_for` is their synchronous_standby_names."""
-    settings = f"synchronous_standby_names={waits_for}", "wal_keep_size=256MB", "wal_retrieve_retry_interval=100ms"
     with tempfile.TemporaryDirectory(prefix="wallet-proof-") as folder:
-        (Path(folder) / "one").mkdir(mode=0o711)
-        with server(Path(folder) / "one", *settings) as postgres:
-            servers = Cluster(postgres, Path(folder), *settings)
-            try:
-                yield servers
-            finally:
-                servers.stop()
+        Path(folder).chmod(0o711)
+        servers = [
+            (Wired if machine else Postgres)(Path(folder) / name, binaries=PROGRAMS, **machine)
+            for name, machine in zip(Cluster.NAMES, machines, strict=True)
+        ]
+        primary, *standbys = servers
+        primary.home.mkdir(mode=0o711)
+        _copy_template(primary)
+        with (primary.data / "postgresql.conf").open("a") as settings:
+            settings.write(f"{FOLLOWED}synchronous_standby_names = '{waits_for}'\n")
+        with (primary.data / "pg_hba.conf").open("a") as access:
+            access.write(f"host all,replication postgres,{LOGIN} 10.0.0.0/8 trust\n")
+        try:
+            primary.start()
+            yield Cluster(primary, *standbys)
+        finally:
+            for one in reversed(servers):
+                one.stop()
+
+
+@contextlib.contextmanager
+def wired_cluster() -> Iterator[Cluster]:
+    """The same on three machines, with this process and what it starts on a fourth one."""
+    with contextlib.ExitStack() as stack:
+        here, *machines = [stack.enter_context(contextlib.closing(Machine())) for _ in range(4)]
+        stack.enter_context(here.entered())
+        switches = Switch("front", "10.0.1"), Switch("back", "10.0.2")
+        ends: list[dict[str, Any]] = []
+        for number, machine in enumerate(machines, start=1):
+            cables = [stack.enter_context(contextlib.closing(Cable(one, machine, number))) for one in switches]
+            ends.append({"machine": machine, "front": cables[0], "back": cables[1]})
+        yield stack.enter_context(cluster(machines=ends))
 
 
 class Stand:
