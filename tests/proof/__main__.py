@@ -8,7 +8,7 @@ import time
 import traceback
 from collections.abc import Sequence
 
-from tests.proof import fuzz, model, power, report, soak
+from tests.proof import fuzz, model, patroni, power, report, soak
 from tests.proof.controls import CONTROLS
 from tests.proof.faults import FAULTS, thousand_connections
 from tests.proof.section import Account, Scale, Section
@@ -20,6 +20,7 @@ SECTIONS: dict[str, Section] = {
     **FAULTS,
     "thousand-connections": thousand_connections,
     "power-loss": power.power_loss,
+    "patroni": patroni.patroni,
     **CONTROLS,
     "control-not-flushed": power.control_not_flushed,
     "soak": soak.run,

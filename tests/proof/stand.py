@@ -72,15 +72,26 @@ async def gone(process: subprocess.Popen[bytes], pids: list[int]) -> None:
 def _template() -> tempfile.TemporaryDirectory[str]:
     """A cluster with a migrated database and the service's login, to be copied; it goes when the process ends."""
     folder = tempfile.TemporaryDirectory(prefix="wallet-proof-")
+    open_to_servers(Path(folder.name))
     postgres = Postgres(Path(folder.name), binaries=PROGRAMS)
     postgres.start()
     try:
-        dbmate(postgres.url("postgres", TEMPLATE), "migrations", "up")
-        with psycopg.connect(postgres.url("postgres", TEMPLATE)) as connection:
-            connection.execute(f"create role {LOGIN} login in role wallet_app")
+        migrate(postgres)
     finally:
         postgres.stop()
     return folder
+
+
+def open_to_servers(folder: Path) -> None:
+    """Let everybody through a folder: programs before PostgreSQL 16 leave theirs and come back."""
+    folder.chmod(0o711)
+
+
+def migrate(postgres: Postgres) -> None:
+    """Make the template, and the service's login."""
+    dbmate(postgres.url("postgres", TEMPLATE), "migrations", "up")
+    with psycopg.connect(postgres.url("postgres", TEMPLATE)) as connection:
+        connection.execute(f"create role {LOGIN} login in role wallet_app")
 
 
 @contextlib.contextmanager
@@ -89,6 +100,7 @@ def server(folder: Path | None = None) -> Iterator[Postgres]:
     with contextlib.ExitStack() as stack:
         if folder is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="wallet-proof-")))
+            open_to_servers(folder)
         postgres = Postgres(folder, binaries=PROGRAMS)
         _copy_template(postgres)
         postgres.start()
@@ -113,7 +125,7 @@ wal_retrieve_retry_interval = 100ms
 def cluster(waits_for: str = WAITS_FOR, *, machines: Iterable[dict[str, Any]] = ({}, {}, {})) -> Iterator[Cluster]:
     """A primary and two standbys, durable; `waits_for` is their synchronous_standby_names."""
     with tempfile.TemporaryDirectory(prefix="wallet-proof-") as folder:
-        Path(folder).chmod(0o711)
+        open_to_servers(Path(folder))
         servers = [
             (Wired if machine else Postgres)(Path(folder) / name, binaries=PROGRAMS, **machine)
             for name, machine in zip(Cluster.NAMES, machines, strict=True)
