@@ -11,12 +11,14 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from app.server.embedded import NOBODY, Postgres, die_with_parent
 from tests.conftest import PROGRAMS
 from tests.proof.faults import Fault, Outage, Trial
+from tests.proof.history import APPLIED
 from tests.proof.section import Account, Scale
 from tests.proof.stand import migrate, open_to_servers, signal_tree, tree
 from tests.replication import Cluster
@@ -209,12 +211,13 @@ async def leader_changes(trial: Trial) -> None:
     unavailable, began = trial.load.history.statuses[503], time.monotonic()
     await asyncio.to_thread(old.kill if what == "kill" else cluster.switch_over)
     await asyncio.to_thread(cluster.find_primary, old)
-    over = time.monotonic()
-    await trial.recovers_in_time(over)
+    await trial.recovers_in_time(time.monotonic())
     trial.account.counts[f"503 at a {what}"] += trial.load.history.statuses[503] - unavailable
-    longest = f"longest {what} s"
-    seconds = max(trial.account.figures.get(longest, 0), time.monotonic() - began)
-    trial.account.figures[longest] = round(seconds, 1)
+    attempts = (one for operation in trial.load.history.operations.values() for one in operation.attempts)
+    moments = sorted(one.ended for one in attempts if one.outcome == APPLIED and one.ended > began)
+    pause = max(later - earlier for earlier, later in pairwise([began, *moments]))
+    longest = f"longest pause at a {what} s"
+    trial.account.figures[longest] = max(trial.account.figures.get(longest, 0), round(pause, 1))
     if what == "kill":
         old.start()
     await asyncio.to_thread(cluster.settle)

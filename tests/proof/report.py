@@ -37,7 +37,8 @@ What is done and how often stands in [faults.py](faults.py); in the sections nam
 is broken on purpose, and a *finding* is a defect that was not noticed.
 
 A killed process leaves what it wrote in the kernel's cache. In *power-loss* the data lies on a disk that forgets
-what was not flushed.
+what was not flushed. In *failover-silent*, *network-hiccups* and where something is *unplugged*, each server is in a
+network namespace of its own, and its cable is pulled: what is sent is lost without a word, or all is reset.
 The seed fixes every choice, not the order in which processes get to run.
 """
 
