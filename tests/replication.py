@@ -120,6 +120,7 @@ class Cluster:
         """
         how = "copied anew"
         if rewind:
+            execute(self.primary, "checkpoint")  # before 16, pg_rewind only then sees that there was a promotion
             command, arguments = server._command("pg_rewind", server.data)
             source = f"--source-server={_source(self.primary, self.names[server])}"
             options = [source, "--no-sync", "--write-recovery-conf"]
