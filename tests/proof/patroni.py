@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from app.server.embedded import NOBODY, Postgres, die_with_parent
+from tests.api.test_process import is_alive
 from tests.conftest import PROGRAMS
 from tests.proof.faults import Fault, Outage, Trial
 from tests.proof.history import APPLIED
 from tests.proof.section import Account, Scale
-from tests.proof.stand import migrate, open_to_servers, signal_tree, tree
+from tests.proof.stand import migrate, open_to_servers, signal_tree
 from tests.replication import Cluster
 
 ETCD = "127.0.1.9"
@@ -53,23 +54,17 @@ class Member(Postgres):
         """Kill -9 Patroni and every process of the server."""
         assert self.process is not None
         postmaster = int((self.data / "postmaster.pid").read_text().splitlines()[0])
-        for pid in (self.process.pid, postmaster):
+        for pid in (postmaster, self.process.pid):
             signal_tree(pid, signal.SIGKILL)
         self.process.wait()
-        while Path(f"/proc/{postmaster}").exists():
+        while is_alive(postmaster):
             time.sleep(0.01)
 
     def stop(self) -> None:
         """Stop Patroni, which stops the server."""
-        if self.process is not None:
-            pids = tree(self.process.pid)
+        if self.process is not None and self.is_running():
             self.process.terminate()
-            try:
-                self.process.wait(60)
-            finally:
-                for pid in pids:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL)
+            self.process.wait(60)
 
     def _configured(self) -> dict[str, Any]:
         followed = {"synchronous_mode": True, "synchronous_mode_strict": True}
