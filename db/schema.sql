@@ -487,22 +487,9 @@ begin
 
     v_look_up := true;
   else
-    if v_lock_timeout = '0' then -- what lock_wallets does then, without the call
-      v_missed := '{}';
-      select array_agg(l.uuid), array_agg(l.status), array_agg(l.currency)
-      into v_uuids, v_statuses, v_currencies
-      from (
-        select w.uuid, w.status, w.currency
-        from wallet.wallet as w
-        where w.uuid = any(p_wallet_uuids || p_counterparty_uuids)
-        order by w.uuid
-        for no key update
-      ) as l;
-    else
-      select l.uuids, l.statuses, l.currencies, l.missed
-      into v_uuids, v_statuses, v_currencies, v_missed
-      from wallet.lock_wallets(p_wallet_uuids || p_counterparty_uuids) as l;
-    end if;
+    select l.uuids, l.statuses, l.currencies, l.missed
+    into v_uuids, v_statuses, v_currencies, v_missed
+    from wallet.lock_wallets(p_wallet_uuids || p_counterparty_uuids) as l;
     v_now := clock_timestamp();
 
     select
@@ -510,7 +497,7 @@ begin
       case when max(o.created_at) > v_now or max(o.held_after) > 0 then array_agg(o.created_at) end,
       case when max(o.held_after) > 0 then array_agg(coalesce(o.held_after, 0)) end
     into v_numbers, v_last_balances, v_last_seqs, v_last_times, v_last_helds
-    from unnest(v_uuids) with ordinality as n (uuid, number)
+    from (select unnest(v_uuids) as uuid, generate_series(1, cardinality(v_uuids)) as number) as n
     left join lateral (
       select l.balance_after, l.held_after, l.seq, l.created_at
       from wallet.operation as l
@@ -531,7 +518,7 @@ begin
 
     select array_agg(coalesce(n.held, 0) - d.amount), array_agg(n.seq + d.holds), case when max(d.holds) > 0 then array_agg(d.holds::int) end
     into v_last_helds, v_last_seqs, v_due_counts
-    from unnest(v_uuids, v_last_helds, v_last_seqs, v_last_times) as n (uuid, held, seq, last)
+    from (select unnest(v_uuids) as uuid, unnest(v_last_helds) as held, unnest(v_last_seqs) as seq, unnest(v_last_times) as last) as n
     cross join lateral (
       select coalesce(sum(h.amount), 0)::bigint as amount, count(*) as holds
       from wallet.hold as h
@@ -551,8 +538,11 @@ begin
           min(r.ordinal) filter (where r.hold_uuid is not null) over (partition by r.wallet_uuid, r.name) as entry
         from (
           select r.wallet_uuid, r.hold_uuid, r.ordinal, case r.operation_type when 'HOLD' then r.operation_uuid else r.hold_uuid end as name
-          from unnest(p_wallet_uuids, p_operation_uuids, p_operation_types, p_hold_uuids)
-            with ordinality as r (wallet_uuid, operation_uuid, operation_type, hold_uuid, ordinal)
+          from (
+            select
+              unnest(p_wallet_uuids) as wallet_uuid, unnest(p_operation_uuids) as operation_uuid, unnest(p_operation_types) as operation_type,
+              unnest(p_hold_uuids) as hold_uuid, generate_series(1, v_count) as ordinal
+          ) as r
         ) as r
       ) as r
       left join lateral (
@@ -790,8 +780,11 @@ begin
           r.wallet_uuid, r.operation_type, r.operation_uuid, r.seq, r.amount, r.balance_after,
           coalesce(v_moments[r.ordinal], v_now), 0::bigint, null::text collate "C", null::uuid, null::timestamptz,
           nullif(p_metadata[r.ordinal], '{}')
-        from unnest(p_wallet_uuids, p_operation_types, p_operation_uuids, v_seqs, p_amounts, v_balances_after) with ordinality
-          as r (wallet_uuid, operation_type, operation_uuid, seq, amount, balance_after, ordinal)
+        from (
+          select
+            unnest(p_wallet_uuids) as wallet_uuid, unnest(p_operation_types) as operation_type, unnest(p_operation_uuids) as operation_uuid,
+            unnest(v_seqs) as seq, unnest(p_amounts) as amount, unnest(v_balances_after) as balance_after, generate_series(1, v_count) as ordinal
+        ) as r
         where r.seq is not null
         order by r.operation_uuid;
       elsif not v_holding then
@@ -802,13 +795,13 @@ begin
         select
           s.wallet_uuid, s.operation_type, r.operation_uuid, s.seq, r.amount, s.balance_after, coalesce(r.moment, v_now), 0::bigint,
           s.counterparty_uuid, null::uuid, null::timestamptz, nullif(r.metadata, '{}')
-        from unnest(
-          p_wallet_uuids, p_operation_types, p_operation_uuids, v_seqs, p_amounts, v_balances_after, v_moments, p_metadata,
-          p_counterparty_uuids, v_payee_seqs, v_payee_balances_after
-        ) as r (
-          wallet_uuid, operation_type, operation_uuid, seq, amount, balance_after, moment, metadata,
-          counterparty_uuid, payee_seq, payee_balance_after
-        )
+        from (
+          select
+            unnest(p_wallet_uuids) as wallet_uuid, unnest(p_operation_types) as operation_type, unnest(p_operation_uuids) as operation_uuid,
+            unnest(v_seqs) as seq, unnest(p_amounts) as amount, unnest(v_balances_after) as balance_after, unnest(v_moments) as moment,
+            unnest(p_metadata) as metadata, unnest(p_counterparty_uuids) as counterparty_uuid, unnest(v_payee_seqs) as payee_seq,
+            unnest(v_payee_balances_after) as payee_balance_after
+        ) as r
         cross join lateral (
           values
           (r.wallet_uuid, r.operation_type, r.seq, r.balance_after, r.counterparty_uuid, 1),
@@ -824,13 +817,14 @@ begin
         select
           s.wallet_uuid, s.operation_type, r.operation_uuid, s.seq, r.amount, s.balance_after, coalesce(r.moment, v_now), coalesce(s.held_after, 0),
           s.counterparty_uuid, s.hold_uuid, r.expires_at, nullif(r.metadata, '{}')
-        from unnest(
-          p_wallet_uuids, p_operation_types, p_operation_uuids, v_seqs, coalesce(v_held_amounts, p_amounts), v_balances_after, v_moments,
-          p_metadata, p_counterparty_uuids, v_payee_seqs, v_payee_balances_after, p_hold_uuids, p_expires_at, v_helds_after, v_payee_helds_after
-        ) as r (
-          wallet_uuid, operation_type, operation_uuid, seq, amount, balance_after, moment,
-          metadata, counterparty_uuid, payee_seq, payee_balance_after, hold_uuid, expires_at, held_after, payee_held_after
-        )
+        from (
+          select
+            unnest(p_wallet_uuids) as wallet_uuid, unnest(p_operation_types) as operation_type, unnest(p_operation_uuids) as operation_uuid,
+            unnest(v_seqs) as seq, unnest(coalesce(v_held_amounts, p_amounts)) as amount, unnest(v_balances_after) as balance_after,
+            unnest(v_moments) as moment, unnest(p_metadata) as metadata, unnest(p_counterparty_uuids) as counterparty_uuid,
+            unnest(v_payee_seqs) as payee_seq, unnest(v_payee_balances_after) as payee_balance_after, unnest(p_hold_uuids) as hold_uuid,
+            unnest(p_expires_at) as expires_at, unnest(v_helds_after) as held_after, unnest(v_payee_helds_after) as payee_held_after
+        ) as r
         cross join lateral (
           values
           (r.wallet_uuid, r.operation_type, r.seq, r.balance_after, r.counterparty_uuid, r.held_after, r.hold_uuid, 1),
@@ -844,8 +838,11 @@ begin
         if true = any(v_opening) then
           insert into wallet.hold (wallet_uuid, hold_uuid, seq, amount, expires_at, created_at)
           select r.wallet_uuid, r.hold_uuid, r.seq, r.amount, r.expires_at, v_now
-          from unnest(p_wallet_uuids, p_operation_uuids, v_seqs, p_amounts, p_expires_at, v_opening)
-            as r (wallet_uuid, hold_uuid, seq, amount, expires_at, opening)
+          from (
+            select
+              unnest(p_wallet_uuids) as wallet_uuid, unnest(p_operation_uuids) as hold_uuid, unnest(v_seqs) as seq,
+              unnest(p_amounts) as amount, unnest(p_expires_at) as expires_at, unnest(v_opening) as opening
+          ) as r
           where r.opening;
         end if;
         if p_hold_uuids is not null then
@@ -886,11 +883,15 @@ begin
   if not v_look_up and not v_refused then
     return query
     select
-      r.ordinal::int, null::text, null::text, true, r.wallet_uuid, r.operation_type, r.operation_uuid, r.seq, r.amount, r.balance_after,
+      r.ordinal, null::text, null::text, true, r.wallet_uuid, r.operation_type, r.operation_uuid, r.seq, r.amount, r.balance_after,
       coalesce(v_moments[r.ordinal], v_now), coalesce(v_helds_after[r.ordinal], 0), p_counterparty_uuids[r.ordinal],
       p_hold_uuids[r.ordinal], p_expires_at[r.ordinal], nullif(p_metadata[r.ordinal], '{}')
-    from unnest(p_wallet_uuids, p_operation_types, p_operation_uuids, v_seqs, coalesce(v_held_amounts, p_amounts), v_balances_after)
-      with ordinality as r (wallet_uuid, operation_type, operation_uuid, seq, amount, balance_after, ordinal);
+    from (
+      select
+        unnest(p_wallet_uuids) as wallet_uuid, unnest(p_operation_types) as operation_type, unnest(p_operation_uuids) as operation_uuid,
+        unnest(v_seqs) as seq, unnest(coalesce(v_held_amounts, p_amounts)) as amount, unnest(v_balances_after) as balance_after,
+        generate_series(1, v_count) as ordinal
+    ) as r;
     return;
   end if;
 
@@ -909,18 +910,15 @@ begin
   ),
 
   request as (
-    select r.*
-    from unnest(
-      p_wallet_uuids, p_operation_types, p_operation_uuids, p_amounts, v_faults, v_messages,
-      p_counterparty_uuids, p_hold_uuids, p_expires_at, p_metadata
-    ) with ordinality as r (
-      wallet_uuid, operation_type, operation_uuid, amount, fault, message,
-      counterparty_uuid, hold_uuid, expires_at, metadata, ordinal
-    )
+    select
+      unnest(p_wallet_uuids) as wallet_uuid, unnest(p_operation_types) as operation_type, unnest(p_operation_uuids) as operation_uuid,
+      unnest(p_amounts) as amount, unnest(v_faults) as fault, unnest(v_messages) as message,
+      unnest(p_counterparty_uuids) as counterparty_uuid, unnest(p_hold_uuids) as hold_uuid, unnest(p_expires_at) as expires_at,
+      unnest(p_metadata) as metadata, generate_series(1, v_count) as ordinal
   )
 
   select
-    r.ordinal::int, r.fault, coalesce(r.message, wallet.fault_message(r.fault)),
+    r.ordinal, r.fault, coalesce(r.message, wallet.fault_message(r.fault)),
     case
       when o.operation_uuid is not null
         then wallet.is_same_request(o, r.operation_type, r.amount, r.counterparty_uuid, r.hold_uuid, r.expires_at, r.metadata)
@@ -2532,4 +2530,5 @@ INSERT INTO public.schema_migrations (version) VALUES
     ('20261130000001'),
     ('20261130000002'),
     ('20261130000003'),
-    ('20261130080934');
+    ('20261130080934'),
+    ('20261130130005');
