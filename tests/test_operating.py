@@ -246,7 +246,7 @@ def test_after_recovery_to_just_before_a_mistake_the_books_agree_and_repeats_are
     (backup / "wal").mkdir()
     (backup / "wal").chmod(0o777)
     (folder / "restored").mkdir()
-    archive, copy, restore, look, go_on = (
+    archive, copy, switch, restore, look, go_on = (
         block.replace("/backup", str(backup)) for block in blocks("Recovery to a point in time")
     )
     run(archive, folder, old_server)
@@ -272,6 +272,10 @@ def test_after_recovery_to_just_before_a_mistake_the_books_agree_and_repeats_are
     assert answers(service, lost) == [200] * 3
     service.stop()
 
+    [segment] = re.findall("[0-9A-F]{24}", run(switch, folder, old_server).stdout)
+    with psycopg.connect(old_server.url("postgres"), autocommit=True) as superuser:
+        archived = "select last_archived_wal >= %s from pg_stat_archiver"
+        wait_until(lambda: superuser.execute(archived, [segment]).fetchall() == [(True,)])
     assert "2026-12-01 09:29:59+00" in restore
     run(lines(restore.replace("2026-12-01 09:29:59+00", moment)), folder, old_server)
     (folder / "restored").chmod(0o711)

@@ -16,6 +16,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from app.settings import CHECKOUT
+from tests.api.test_keys import make_key
 from tests.api.test_process import Service, Start, start
 from tests.conftest import environment_with
 from tests.db.test_readme import END, stripped
@@ -176,6 +177,28 @@ def test_the_client_that_retries_believes_no_refusal_while_a_lost_attempt_may_be
             return await saying
 
     assert asyncio.run(through_a_proxy()) == "applied\n"
+
+
+def test_the_client_that_retries_does_not_take_a_revoked_key_for_a_refusal(start: Start, tmp_path: Path) -> None:
+    service = start(ACCESS="keys")
+    with service.superuser() as superuser:
+        secret = make_key(superuser, "shop", "transfer")
+    declared = '"Content-Type": "application/json"'
+    key = (declared, f'{declared}, "Authorization": "Bearer {secret}"')
+
+    async def through_a_proxy() -> str:
+        async with running_client(service, tmp_path, key, ("+ 11", "+ 1")) as (proxy, say):
+            cut = proxy.cut_next(b"/operations/", Point.BEFORE_THE_ANSWER)
+            saying = asyncio.create_task(say())
+            await cut
+            with service.superuser() as superuser:
+                superuser.execute("select from wallet.revoke_key('shop')")
+            return await saying
+
+    assert asyncio.run(through_a_proxy()) == "unknown: an earlier attempt may have been applied\n"
+    with service.superuser() as superuser:
+        balances = superuser.execute("select balance from wallet.get_wallet('1111111111')").fetchall()
+    assert balances == [(1000,)]
 
 
 def test_every_metric_and_label_that_is_named_exists_and_no_metric_is_left_out(start: Start) -> None:
