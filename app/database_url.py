@@ -61,14 +61,14 @@ def normalised(url: str) -> str:
     if "," in options.get("host", ""):
         if parts["host"] or parts["port"]:
             raise ValueError("names its hosts twice")
-        _see_hosts(options["host"].split(","), options.get("port", "").split(","))
+        _check_hosts(options["host"].split(","), options.get("port", "").split(","))
         return url
     for name in ("host", "port"):
         if parts[name] and name in options:
             raise ValueError(f"names its {name} twice")
     host, port = options.get("host"), parts["port"] or options.get("port")
     if port is not None:
-        _see_port(port)
+        _check_port(port)
     if parts["port"] and not parts["host"]:
         raise ValueError("has a port without a host before it: write ?host=…&port=…")
     if host is None or host.startswith("/"):
@@ -98,20 +98,20 @@ def _names_several_hosts(url: str) -> bool:
     normalised(url.replace(authority[1], one, 1))
     for host in authority[1].split(","):
         if ":" in host:
-            _see_port(host.partition(":")[2])
+            _check_port(host.partition(":")[2])
     return True
 
 
-def _see_hosts(hosts: list[str], ports: list[str]) -> None:
+def _check_hosts(hosts: list[str], ports: list[str]) -> None:
     if not all(host.startswith("/") or re.fullmatch(_NAME, host, re.ASCII) for host in hosts):
         raise ValueError("has a host that is no name and no folder")
     if len(ports) not in (1, len(hosts)):
         raise ValueError("has another number of ports than of hosts")
     for port in filter(None, ports):
-        _see_port(port)
+        _check_port(port)
 
 
-def _see_port(port: str) -> None:
+def _check_port(port: str) -> None:
     if not (port.isdecimal() and port.isascii() and 1 <= int(port[:9]) <= 65535):
         raise ValueError("has a port that is not from 1 to 65535")
 

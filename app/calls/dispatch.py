@@ -35,7 +35,7 @@ TROUBLE = web.AppKey("trouble", Trouble)
 
 def admit_bulk(app: web.Application) -> None:
     """Raise Overloaded if too many bulk requests wait, before another one is received."""
-    app[BULK].see_room()
+    app[BULK].check_room()
 
 
 async def apply_one(app: web.Application, request: Request) -> Outcome:

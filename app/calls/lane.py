@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 from app.calls.database import LEAD, deadline_of
 from app.calls.line import UNTRIED, Line, Outcome, Request
-from app.calls.parties import PARTY, ByTurns, Parties, see_share
+from app.calls.parties import PARTY, ByTurns, Parties, check_share
 from app.calls.refusals import Overloaded
 from app.calls.trouble import Trouble
 from app.metrics import LANE_WAITING
@@ -135,14 +135,14 @@ class Lane:
         if waiting.until < self._watched:
             self._watch_at(waiting.until)
 
-    def see_room(self) -> None:
+    def check_room(self) -> None:
         """Raise Overloaded if too many clients wait already, or too many of this party."""
         party = PARTY.get()
-        see_share(self._limit, len(self._waiting), self._waiting.of(party), "Too many requests are waiting")
+        check_share(self._limit, len(self._waiting), self._waiting.of(party), "Too many requests are waiting")
 
     def _admit(self) -> None:
         if 2 * len(self._waiting) + 2 > self._limit:  # else everybody's share is free
-            self.see_room()
+            self.check_room()
         self._arrived.set()
         if not self._counting:
             self._counting = True
@@ -321,7 +321,7 @@ class Siding(Lane):
                 for number, outcome in zip(locked, found, strict=True):
                     outcomes[number] = outcome
         told = zip(requests, outcomes, strict=True)
-        return [self._trouble.untried(request) if outcome.is_locked() else outcome for request, outcome in told]
+        return [self._trouble.outcome_of(request) if outcome.is_locked() else outcome for request, outcome in told]
 
     async def apply_atomic(
         self, requests: Sequence[Request], until: float, outcomes: list[Outcome] | None
@@ -335,8 +335,8 @@ class Siding(Lane):
         tried = 0.0
         while any(map(Outcome.is_locked, outcomes)):
             if self._loop.time() >= until - self._headroom:
-                untried = self._trouble.untried(*requests)
-                return [untried if outcome.is_locked() else outcome for outcome in outcomes]
+                locked = self._trouble.outcome_of(*requests)
+                return [locked if outcome.is_locked() else outcome for outcome in outcomes]
             outcomes = await self._queue(requests, until, tried, atomic=True) or outcomes
             tried = self._loop.time()
         return outcomes

@@ -34,7 +34,7 @@ LOCK_SHARE = 0.03
 """The part of a deadline that this takes, at most."""
 LEAST_ATTEMPT = 0.2
 """The part of a deadline that every attempt has, if so much is left: it has to wait for locks, too."""
-REST = 0.02
+PART_PAUSE = 0.02
 """Seconds that the database is left to others between two parts of a call, at most; else as long as a part took."""
 CLOCK_AGE = 5.0
 """Seconds after which the database's clock is read again."""
@@ -154,7 +154,7 @@ class Found:
             elif not (outcome.is_ours() or outcome.is_locked()) and request.counterparty_uuid is None:
                 self.later.add(request.wallet_uuid)
 
-    def leaves_out(self, request: Request) -> bool:
+    def leave_out(self, request: Request) -> bool:
         """Tell whether a request has to come later, and so have its wallets."""
         if self.later.isdisjoint(request.wallets()):
             return False
@@ -228,7 +228,7 @@ class Line:
         loop = asyncio.get_running_loop()
         lost, found, outcomes, took = self._lost, Found(), list[Outcome](), 0.0
         for begin in range(0, len(requests), most):
-            await asyncio.sleep(min(took, REST))
+            await asyncio.sleep(min(took, PART_PAUSE))
             self._lost = lost  # if a call of the part before was lost, this one was not in it
             part, began = requests[begin : begin + most], loop.time()
             came = await self._apply(part, last, found)
@@ -246,7 +246,7 @@ class Line:
         database has refused something is left out, as 55P03: else each would have to be searched for by halving.
         """
         if found.later and not (self._lost or self._thorough):
-            tried = [not found.leaves_out(request) for request in requests]
+            tried = [not found.leave_out(request) for request in requests]
             if not all(tried):
                 rest = list(compress(requests, tried))
                 came = iter(await self._apply(rest, last, found) if rest else ())

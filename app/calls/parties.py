@@ -25,7 +25,7 @@ COMPANY = 10.0
 """Seconds for which a party that has asked for something counts as company of the others."""
 PORTION = 8
 """Requests that come in together in company, at most: what others may have to wait for before each of their steps."""
-REST = 0.5
+REST_FACTOR = 0.5
 """The pause between two portions, as a part of the time that the event loop took for the first."""
 REFUSAL_PAUSE = 0.5
 """Seconds until a party is told that it asks for too much: it may ask again at once, and each answer takes time."""
@@ -104,13 +104,13 @@ class Parties:
 
     def _rest(self, began: float) -> None:
         """Let in the next portion, after a part of the time that the last one took."""
-        asyncio.get_running_loop().call_later(REST * (time.perf_counter() - began), self._let_in)
+        asyncio.get_running_loop().call_later(REST_FACTOR * (time.perf_counter() - began), self._let_in)
 
 
 PARTIES = web.AppKey("parties", Parties)
 
 
-def see_share(size: int, taken: int, own: int, full: str, wanted: int = 1) -> None:
+def check_share(size: int, taken: int, own: int, full: str, wanted: int = 1) -> None:
     """Raise Overloaded if `wanted` is not left of something, or if the asking party would have more than it leaves.
 
     The dynamic threshold of Choudhury and Hahne (1998): one party alone has up to a half, two a third each, and there

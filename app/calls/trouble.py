@@ -7,7 +7,7 @@ from app.metrics import WALLETS_APART
 
 LIMIT = 10_000
 """Wallets that are known to be in trouble, at most."""
-_UNTRIED = (None, "WA400", "WA404", "WA409")
+_SAY_NOTHING = (None, "WA400", "WA404", "WA409")
 """Outcomes that say nothing of a wallet now: applied by a call that was lost, or refused before it is locked."""
 
 
@@ -26,7 +26,7 @@ class Trouble:
         """Tell whether a request needs a wallet in trouble."""
         return not self.wallets.isdisjoint(request.wallets())
 
-    def untried(self, *requests: Request) -> Outcome:
+    def outcome_of(self, *requests: Request) -> Outcome:
         """Return the outcome of requests, all or none of them to be applied, for which there was no time."""
         wallets = (wallet for request in requests for wallet in request.wallets())
         return refused(next((self.refusals[one] for one in wallets if one in self.refusals), "55P03"))
@@ -45,7 +45,7 @@ class Trouble:
         free = applied | {
             wallet
             for request, outcome in fared
-            if outcome.is_ours() and outcome.sqlstate not in _UNTRIED
+            if outcome.is_ours() and outcome.sqlstate not in _SAY_NOTHING
             for wallet in request.wallets()
         }
         for wallet in applied & self.refusals.keys():

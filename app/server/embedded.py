@@ -52,7 +52,7 @@ def die_with_parent(signal_number: int) -> None:
         _libc.prctl(PR_SET_PDEATHSIG, signal_number)
 
 
-def forget_server(environment: MutableMapping[str, str]) -> None:
+def clear_pg_variables(environment: MutableMapping[str, str]) -> None:
     """Remove what libpq, asyncpg, dbmate and PostgreSQL's programs read: all of it begins with PG, and nothing else."""
     for name in [name for name in environment if name.startswith("PG")]:
         del environment[name]
@@ -230,7 +230,7 @@ class Postgres:
     def _command(self, name: str, folder: Path) -> tuple[list[str | Path], dict[str, Any]]:
         """Return the start of a command line and subprocess's arguments for a program that works in a folder."""
         environment = {key: value for key, value in os.environ.items() if not key.startswith(("LC_", "LANG"))}
-        forget_server(environment)
+        clear_pg_variables(environment)
         if self._user is None:
             return [self.binaries / name, "-D", folder], {"cwd": folder, "env": environment}
         assert self._run_dir is not None

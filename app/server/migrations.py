@@ -8,7 +8,7 @@ from pathlib import Path
 
 import asyncpg
 
-from app.server.embedded import Postgres, forget_server
+from app.server.embedded import Postgres, clear_pg_variables
 from app.settings import CHECKOUT, StartupError
 
 LOGIN = "wallet_service"
@@ -49,7 +49,7 @@ def dbmate(url: str, folder: str, *command: str) -> None:
         "--no-dump-schema",
     ]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("DBMATE_")}
-    forget_server(environment)
+    clear_pg_variables(environment)
     ran = subprocess.run([program, *options, *command], env=environment, capture_output=True, text=True)
     if ran.returncode:
         raise StartupError(f"dbmate failed: {(ran.stderr or ran.stdout).strip().splitlines()[-1]}")

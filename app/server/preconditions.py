@@ -31,7 +31,7 @@ async def check(settings: Settings) -> None:
     connection = await reach(settings)
     try:
         async with asyncio.timeout(TIMEOUT):
-            await _see(connection, settings)
+            await _check(connection, settings)
     except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
         reason = " ".join(str(error).split()) or f"no answer within {TIMEOUT:g} seconds"
         raise StartupError(f"cannot use the database: {reason}") from None
@@ -56,13 +56,13 @@ async def reach(settings: Settings) -> Any:
         ) from None
 
 
-async def _see(connection: Any, settings: Settings) -> None:
-    await see_that_sessions_are_its_own(connection, settings)
+async def _check(connection: Any, settings: Settings) -> None:
+    await check_own_sessions(connection, settings)
     if not await is_writable(connection):
         raise StartupError("the database is read-only: a standby, or default_transaction_read_only is on")
     if not settings.allow_fsync_off and await connection.fetchval("show fsync") == "off":
         raise StartupError("the database has fsync = off: a crash of its machine would lose answered operations")
-    await see_that_sessions_fit(connection, settings)
+    await check_session_limits(connection, settings)
     if not await is_migrated(connection):
         raise StartupError(
             "the database is not migrated, or its user is no member of wallet_app: "
@@ -70,7 +70,7 @@ async def _see(connection: Any, settings: Settings) -> None:
         )
 
 
-async def see_that_sessions_are_its_own(connection: Any, settings: Settings) -> None:
+async def check_own_sessions(connection: Any, settings: Settings) -> None:
     """See that no pooler lends a session to another client between two transactions. Raises StartupError.
 
     Of two clients that are connected at once each has a backend of its own, unless there is a pooler in transaction or
@@ -109,7 +109,7 @@ def _pooled() -> StartupError:
     )
 
 
-async def see_that_sessions_fit(connection: Any, settings: Settings) -> None:
+async def check_session_limits(connection: Any, settings: Settings) -> None:
     """See that the server may have as many sessions as these settings want. Raises StartupError with the numbers."""
     limits = await connection.fetchrow(
         """

@@ -21,7 +21,7 @@ from prometheus_client.multiprocess import mark_process_dead
 
 from app import logs
 from app.server import preconditions
-from app.server.embedded import Postgres, die_with_parent, forget_server, running_server
+from app.server.embedded import Postgres, clear_pg_variables, die_with_parent, running_server
 from app.server.migrations import LOGIN, bring_up_to_date
 from app.server.preconditions import sessions
 from app.settings import Settings, StartupError, access
@@ -96,7 +96,7 @@ def start_embedded(postgres: Postgres, settings: Settings) -> Settings:
 
     From here on this process and its children know of no other server: asyncpg reads the environment too.
     """
-    forget_server(os.environ)
+    clear_pg_variables(os.environ)
     postgres.start()
     asyncio.run(bring_up_to_date(postgres))
     return msgspec.structs.replace(settings, database_url=postgres.url(LOGIN))
@@ -108,7 +108,7 @@ def embedded_socket(settings: Settings) -> Iterator[str]:
 
     Raises StartupError.
     """
-    forget_server(os.environ)
+    clear_pg_variables(os.environ)
     with contextlib.ExitStack() as stack:
         running = running_server(settings.wallet_data_dir)
         if running is None:

@@ -55,7 +55,7 @@ def make_app(settings: Settings) -> web.Application:
         for r, scopes in routes(wants_keys=wants_keys)
     )
     metrics.begin_at_zero(app.router, OPERATION_TYPES, OUTCOMES)
-    connections.keep(app, settings, partial(answer, app, peers.finder(settings)))
+    connections.serve_over(app, settings, partial(answer, app, peers.finder(settings)))
     return app
 
 

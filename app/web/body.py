@@ -7,8 +7,8 @@ from collections import Counter
 from aiohttp import HttpVersion11, hdrs, web
 from aiohttp.http_exceptions import HttpProcessingError
 
-from app.calls.parties import PARTY, see_share
-from app.web.keys import see_again
+from app.calls.parties import PARTY, check_share
+from app.web.keys import check_again
 from app.web.problems import Problem, invalid
 
 JSON = "application/json"
@@ -37,7 +37,7 @@ class Room:
         if size:
             party = PARTY.get()
             full = "Too many large bodies are being received"
-            see_share(self._size, self._taken.total(), self._taken[party], full, size)
+            check_share(self._size, self._taken.total(), self._taken[party], full, size)
             self._taken[party] += size
 
     def give_back(self, size: int) -> None:
@@ -112,7 +112,7 @@ async def receive_body(request: web.Request, limit: int) -> Body:
         raise Problem(408, "request_timeout", f"The body did not arrive within {BODY_TIMEOUT:g} seconds") from None
     with contextlib.ExitStack() as stack:
         stack.push(received)
-        await see_again(request)
+        await check_again(request)
         stack.pop_all()
     return received
 

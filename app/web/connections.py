@@ -44,7 +44,7 @@ Answer = Callable[[Handler, web.Request], Awaitable[web.StreamResponse]]
 """What makes an answer of whatever a handler returns or raises."""
 
 
-def keep(app: web.Application, settings: Settings, answer: Answer) -> None:
+def serve_over(app: web.Application, settings: Settings, answer: Answer) -> None:
     """Have an app served over connections of this kind, and every request answered by `answer`.
 
     aiohttp has no public way to say so: its runner asks the app for a server.

@@ -113,7 +113,7 @@ class Keys:
         key = self._keys.get(digest)
         return key if key is not None and now < key.until else None
 
-    async def keep(self, settings: Settings) -> None:
+    async def poll(self, settings: Settings) -> None:
         """Read the keys again and again, for ever."""
         timeout = min(TIMEOUT, FIRST_ATTEMPT * settings.request_deadline)
         connection: Any = None
@@ -165,7 +165,7 @@ KEYS = web.AppKey("keys", Keys)
 
 async def keep(app: web.Application) -> AsyncIterator[None]:
     """Read the keys while the app runs."""
-    reading = asyncio.create_task(app[KEYS].keep(app[SETTINGS]))
+    reading = asyncio.create_task(app[KEYS].poll(app[SETTINGS]))
     yield
     reading.cancel()
     with contextlib.suppress(asyncio.CancelledError):
@@ -178,7 +178,7 @@ async def admit_anybody(request: web.Request, scopes: Sequence[str]) -> Key:
     return ANYBODY
 
 
-async def see_again(request: web.Request) -> None:
+async def check_again(request: web.Request) -> None:
     """Look at the caller's key again, after a body that took its time: it may be revoked or expired by now.
 
     Raises Problem: 401; and TimeoutError if the keys cannot be read.
