@@ -2,12 +2,12 @@
 
     postgresql://user:password@host:port/database?sslmode=…
 
-A libpq URI (section 32.1.1.2 of PostgreSQL's manual). `postgres://` is the same. What is special in a user, a password
-or a database is percent-encoded (RFC 3986, section 2.1). A unix socket's folder or an IPv6 address, and its port, stand
-behind the question mark: `postgresql://user@/database?host=/run/postgresql&port=5432`.
+A libpq URI (section 32.1.1.2 of PostgreSQL's manual). `postgres://` is the same. Special characters in a user, a
+password or a database are percent-encoded (RFC 3986, section 2.1). A unix socket's folder or an IPv6 address, and its
+port, stand behind the question mark: `postgresql://user@/database?host=/run/postgresql&port=5432`.
 
 Several hosts (`postgresql://user@one:5432,two:5432/database`) are read by psql and the service, which uses the one that
-takes writes; dbmate is given one of them.
+takes writes; give dbmate the primary's URL.
 """
 
 import ipaddress
@@ -16,7 +16,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 OPTIONS = ("host", "port", "sslmode", "sslrootcert", "sslcert", "sslkey", "application_name", "options")
-"""What may stand behind the question mark."""
+"""Options that asyncpg, dbmate and psql all read; target_session_attrs is for the service and psql."""
 SESSION_ATTRIBUTES = ("any", "primary", "standby", "read-write", "read-only", "prefer-standby")
 SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
 
@@ -46,7 +46,7 @@ _URL = re.compile(
 def normalised(url: str) -> str:
     """Return a URL as asyncpg and psql read it: an IPv6 address in brackets. Raises ValueError, the reason as its text.
 
-    The text holds no piece of the URL, which may be one of its password.
+    The text quotes nothing of the URL: it might be part of the password.
     """
     parts = _URL.fullmatch(url)
     if parts is None:
@@ -88,7 +88,7 @@ def normalised(url: str) -> str:
 
 
 def _names_several_hosts(url: str) -> bool:
-    """Tell whether a URL names several hosts before its question mark, each with its port. Raises ValueError."""
+    """Tell whether a URL names several hosts before its question mark. Raises ValueError."""
     authority = re.match(r"postgres(?:ql)?://(?:[^/?#]*@)?([^/?#@]*)", url)
     if authority is None or not re.fullmatch(rf"{_HOST}(?:,{_HOST})+", authority[1], re.ASCII):
         return False
@@ -117,7 +117,7 @@ def _check_port(port: str) -> None:
 
 
 def without_password(url: str) -> tuple[str, str | None]:
-    """Return a URL that was normalised without its password, and the password, for where other users may look."""
+    """Split a normalised URL into the URL without its password, and the password: others can read a command line."""
     scheme, _, rest = url.partition("://")
     authority = re.split("[/?]", rest, maxsplit=1)[0]
     login, at, _ = authority.rpartition("@")

@@ -8,7 +8,7 @@ from app.metrics import WALLETS_APART
 LIMIT = 10_000
 """Wallets that are known to be in trouble, at most."""
 _SAY_NOTHING = (None, "WA400", "WA404", "WA409")
-"""Outcomes that say nothing of a wallet now: applied by a call that was lost, or refused before it is locked."""
+"""Outcomes that say nothing of a wallet now: applied perhaps by a lost call, or refused perhaps without a lock."""
 
 
 class Trouble:
@@ -19,7 +19,7 @@ class Trouble:
         self.refusals: dict[str, str] = {}
         """Those of them to which the database refused something, and with what SQLSTATE.
 
-        A refusal of ours says nothing of what the database does.
+        Only an applied request ends this; a WA... refusal doesn't.
         """
 
     def meets(self, request: Request) -> bool:
@@ -34,8 +34,8 @@ class Trouble:
     def note(self, requests: Sequence[Request], outcomes: Sequence[Outcome]) -> None:
         """Note how the wallets of a call fared.
 
-        A transfer that fails says of neither wallet that it is the one. Where the same call shows that a wallet is
-        well, or one of the two is known to be in such trouble, the others are not suspected.
+        A failed transfer doesn't show which of its wallets was the cause. One that the same call shows to be well isn't
+        suspected; nor are both if one is in such trouble already.
         """
         fared = list(zip(requests, outcomes, strict=True))
         failed = [(request, outcome) for request, outcome in fared if not (outcome.is_ours() or outcome is UNTRIED)]

@@ -11,7 +11,7 @@ from app.calls.session import CONNECT_TIMEOUT, open_session
 from app.settings import Settings, StartupError
 
 ATTEMPTS = 3
-"""Looks for a pooler: one may lend the same backend by chance, where it has few."""
+"""Looks for a pooler: one look may miss it, where it has few backends and lends the same one again."""
 TIMEOUT = 5.0
 """Seconds that the database has to answer all of it."""
 
@@ -22,12 +22,12 @@ def sessions(settings: Settings) -> int:
 
 
 def _beside(settings: Settings) -> int:
-    """Return how many sessions a worker has beside those that are set: one of them reads the keys."""
+    """Return how many sessions a worker has beside those of POOL_SIZE and LANES: one of them reads the keys."""
     return BULK_LINES + SIDING_LINES + (settings.access == "keys")
 
 
 async def check(settings: Settings) -> None:
-    """See that a database can serve this service and these settings. Raises StartupError, one line."""
+    """Check that a database can serve this service and these settings. Raises StartupError, one line."""
     connection = await reach(settings)
     try:
         async with asyncio.timeout(TIMEOUT):
@@ -71,13 +71,11 @@ async def _check(connection: Any, settings: Settings) -> None:
 
 
 async def check_own_sessions(connection: Any, settings: Settings) -> None:
-    """See that no pooler lends a session to another client between two transactions. Raises StartupError.
+    """Check that no pooler lends a session to another client between two transactions. Raises StartupError.
 
-    Of two clients that are connected at once each has a backend of its own, unless there is a pooler in transaction or
-    statement mode (the latter ends a session that begins a transaction): there the second gets the backend that the
-    first has just used, or the first gets another one while the second has it. A statement that was prepared is then
-    known to a backend that meets it again for another client (SQLSTATE 42P05), or not known where it is asked for
-    (26000).
+    Without a pooler, each of two connected clients keeps its own backend. Behind one in transaction or statement mode
+    (the latter ends a session that begins a transaction), the second may get the first's backend, or the first another
+    one while the second is in a transaction. Prepared statements then clash (42P05) or are missing (26000).
     """
     try:
         assert settings.database_url is not None
@@ -110,7 +108,7 @@ def _pooled() -> StartupError:
 
 
 async def check_session_limits(connection: Any, settings: Settings) -> None:
-    """See that the server may have as many sessions as these settings want. Raises StartupError with the numbers."""
+    """Check that the server may have as many sessions as these settings want. Raises StartupError with the numbers."""
     limits = await connection.fetchrow(
         """
         select current_setting('max_connections')::int as all_sessions,

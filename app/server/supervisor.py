@@ -104,7 +104,7 @@ def start_embedded(postgres: Postgres, settings: Settings) -> Settings:
 
 @contextlib.contextmanager
 def embedded_socket(settings: Settings) -> Iterator[str]:
-    """Give the folder of the embedded database's socket; where it doesn't run, it does for that long.
+    """Yield the folder of the embedded database's socket; start the database meanwhile if it isn't running.
 
     Raises StartupError.
     """
@@ -125,8 +125,8 @@ def announce(
 ) -> None:
     """Say where the service listens, where its data lies and what to try.
 
-    That is for people, on standard output; where both outputs are one pipe, a program reads the log there, which then
-    has it as records.
+    For people, on standard output. If that and standard error are one pipe, a program reads it: then these are log
+    records.
     """
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(listening.getsockname()[0], settings.host)
     url = f"http://{_authority(host, settings.port)}"
@@ -142,7 +142,7 @@ def supervise(settings: Settings, sockets: list[socket.socket], postgres: Postgr
     """Run a worker on each socket, start again what ends by itself, and return when a signal says so."""
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     workers = [start_worker(settings, listening) for listening in sockets]
-    happened = None  # look first: what ended before the signals were blocked has told nobody
+    happened = None  # look first: the signal of what ended before they were blocked is lost
     while happened is None or happened.si_signo == signal.SIGCHLD:
         if postgres is not None:
             if not postgres.is_running():

@@ -89,7 +89,10 @@ def check_head(request: web.Request) -> None:
 
 
 async def receive_body(request: web.Request, limit: int) -> Body:
-    """Receive a request's body. Raises Problem: 400 for one that ends early, 408, 413, 415, 429."""
+    """Receive a request's body.
+
+    Raises Problem (400, 401, 408, 413, 415), Overloaded, and TimeoutError if the keys cannot be read.
+    """
     check_content_type(request)
     try:
         if (request.content_length or 0) > limit:
@@ -107,7 +110,7 @@ async def receive_body(request: web.Request, limit: int) -> Body:
         raise invalid(["body"], "the body does not decode as its headers say") from None
     except ConnectionError as error:  # nobody will read this
         _forget(error)
-        raise invalid(["body"], "the body ended before its end") from None
+        raise invalid(["body"], "the body is incomplete") from None
     except TimeoutError:
         raise Problem(408, "request_timeout", f"The body did not arrive within {BODY_TIMEOUT:g} seconds") from None
     with contextlib.ExitStack() as stack:
