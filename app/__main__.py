@@ -42,8 +42,9 @@ def main(arguments: list[str]) -> int:
 
 
 def serve(configured: settings.Settings) -> None:
-    """Serve until told to stop. The folder in which workers share metrics must be there before prometheus-client is."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # first: PID 1 is deaf without, and imports take long
+    """Serve until told to stop. The workers' folder for metrics must exist before prometheus-client is imported."""
+    # First: PID 1 ignores a signal without a handler, and imports take long.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with contextlib.ExitStack() as stack:
         if configured.workers > 1:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="wallet-metrics-"))
@@ -54,7 +55,7 @@ def serve(configured: settings.Settings) -> None:
 
 
 def psql(configured: settings.Settings, arguments: list[str]) -> int:
-    """Run psql on the service's database, as the role that the service logs in as; `-U postgres` for the superuser."""
+    """Run psql on the service's database as the service's login; on the embedded one `-U postgres` is the superuser."""
     from app.calls.session import several_hosts
     from app.server.migrations import LOGIN
     from app.server.supervisor import embedded_socket
@@ -62,7 +63,7 @@ def psql(configured: settings.Settings, arguments: list[str]) -> int:
     if configured.database_url is not None:
         program = shutil.which("psql") or str(embedded.BINARIES / "psql")
         url, password = database_url.without_password(configured.database_url)
-        more = {} if password is None else {"PGPASSWORD": password}  # everybody may read a command line
+        more = {} if password is None else {"PGPASSWORD": password}  # others can read a command line
         if several_hosts(url):
             more["PGTARGETSESSIONATTRS"] = "read-write"
         return subprocess.call([program, "--dbname", url, *arguments], env=os.environ | more)

@@ -2,12 +2,12 @@
 
     postgresql://user:password@host:port/database?sslmode=…
 
-A libpq URI (section 32.1.1.2 of PostgreSQL's manual). `postgres://` is the same. What is special in a user, a password
-or a database is percent-encoded (RFC 3986, section 2.1). A unix socket's folder or an IPv6 address, and its port, stand
-behind the question mark: `postgresql://user@/database?host=/run/postgresql&port=5432`.
+A libpq URI (section 32.1.1.2 of PostgreSQL's manual). `postgres://` is the same. Special characters in a user, a
+password or a database are percent-encoded (RFC 3986, section 2.1). A unix socket's folder or an IPv6 address, and its
+port, stand behind the question mark: `postgresql://user@/database?host=/run/postgresql&port=5432`.
 
 Several hosts (`postgresql://user@one:5432,two:5432/database`) are read by psql and the service, which uses the one that
-takes writes; dbmate is given one of them.
+takes writes; give dbmate the primary's URL.
 """
 
 import ipaddress
@@ -16,7 +16,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 OPTIONS = ("host", "port", "sslmode", "sslrootcert", "sslcert", "sslkey", "application_name", "options")
-"""What may stand behind the question mark."""
+"""Options that asyncpg, dbmate and psql all read; target_session_attrs is for the service and psql."""
 SESSION_ATTRIBUTES = ("any", "primary", "standby", "read-write", "read-only", "prefer-standby")
 SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
 
@@ -46,7 +46,7 @@ _URL = re.compile(
 def normalised(url: str) -> str:
     """Return a URL as asyncpg and psql read it: an IPv6 address in brackets. Raises ValueError, the reason as its text.
 
-    The text holds no piece of the URL, which may be one of its password.
+    The text quotes nothing of the URL: it might be part of the password.
     """
     parts = _URL.fullmatch(url)
     if parts is None:
@@ -61,14 +61,14 @@ def normalised(url: str) -> str:
     if "," in options.get("host", ""):
         if parts["host"] or parts["port"]:
             raise ValueError("names its hosts twice")
-        _see_hosts(options["host"].split(","), options.get("port", "").split(","))
+        _check_hosts(options["host"].split(","), options.get("port", "").split(","))
         return url
     for name in ("host", "port"):
         if parts[name] and name in options:
             raise ValueError(f"names its {name} twice")
     host, port = options.get("host"), parts["port"] or options.get("port")
     if port is not None:
-        _see_port(port)
+        _check_port(port)
     if parts["port"] and not parts["host"]:
         raise ValueError("has a port without a host before it: write ?host=…&port=…")
     if host is None or host.startswith("/"):
@@ -88,7 +88,7 @@ def normalised(url: str) -> str:
 
 
 def _names_several_hosts(url: str) -> bool:
-    """Tell whether a URL names several hosts before its question mark, each with its port. Raises ValueError."""
+    """Tell whether a URL names several hosts before its question mark. Raises ValueError."""
     authority = re.match(r"postgres(?:ql)?://(?:[^/?#]*@)?([^/?#@]*)", url)
     if authority is None or not re.fullmatch(rf"{_HOST}(?:,{_HOST})+", authority[1], re.ASCII):
         return False
@@ -98,26 +98,26 @@ def _names_several_hosts(url: str) -> bool:
     normalised(url.replace(authority[1], one, 1))
     for host in authority[1].split(","):
         if ":" in host:
-            _see_port(host.partition(":")[2])
+            _check_port(host.partition(":")[2])
     return True
 
 
-def _see_hosts(hosts: list[str], ports: list[str]) -> None:
+def _check_hosts(hosts: list[str], ports: list[str]) -> None:
     if not all(host.startswith("/") or re.fullmatch(_NAME, host, re.ASCII) for host in hosts):
         raise ValueError("has a host that is no name and no folder")
     if len(ports) not in (1, len(hosts)):
         raise ValueError("has another number of ports than of hosts")
     for port in filter(None, ports):
-        _see_port(port)
+        _check_port(port)
 
 
-def _see_port(port: str) -> None:
+def _check_port(port: str) -> None:
     if not (port.isdecimal() and port.isascii() and 1 <= int(port[:9]) <= 65535):
         raise ValueError("has a port that is not from 1 to 65535")
 
 
 def without_password(url: str) -> tuple[str, str | None]:
-    """Return a URL that was normalised without its password, and the password, for where other users may look."""
+    """Split a normalised URL into the URL without its password, and the password: others can read a command line."""
     scheme, _, rest = url.partition("://")
     authority = re.split("[/?]", rest, maxsplit=1)[0]
     login, at, _ = authority.rpartition("@")

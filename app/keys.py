@@ -38,7 +38,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     create.add_argument("--prefix", help="reach only wallets whose names begin so")
     create.add_argument("--expires", type=duration, metavar="TIME", help="from now: 30m, 12h, 90d; without it: never")
     commands.add_parser("list", help="list all keys, revoked and expired ones too")
-    revoke = commands.add_parser("revoke", help="refuse a key from now on, within 5 seconds")
+    revoke = commands.add_parser("revoke", help="refuse a key for good, after at most 5 seconds")
     revoke.add_argument("name", metavar="NAME")
     return parser.parse_args(arguments)
 
@@ -77,13 +77,13 @@ async def _run(asked: argparse.Namespace, settings: Settings) -> None:
         async with asyncio.timeout(settings.request_deadline):
             try:
                 await _do(connection, asked)
-            except asyncpg.PostgresError:  # what it is refused for has to be on a standby, too
+            except asyncpg.PostgresError:  # the refusal may rest on a commit that is not on the standby yet
                 await connection.fetch(REPLICATED)
                 raise
     except asyncpg.PostgresError as error:
         raise StartupError(_reason(error)) from None
     except NO_ANSWER:
-        raise StartupError("no answer from the database: see with key list what was done") from None
+        raise StartupError("no answer from the database: `key list` shows what was done") from None
     finally:
         await close(connection)
 
@@ -110,7 +110,7 @@ async def _create(connection: Any, asked: argparse.Namespace) -> None:
         try:
             print(secret, flush=True)
         except OSError as error:
-            sys.stdout = None  # what it still holds is not to be tried again
+            sys.stdout = None  # else exit would flush it again
             raise StartupError(f"cannot print the secret: {error.strerror}; no key was made") from None
     print(f"That is the secret of {asked.name}: keep it, it is not shown again", file=sys.stderr)
 

@@ -62,10 +62,10 @@ def finish() -> None:
 class StandardError:
     """Standard error, as a file that never makes a process wait: a reader that stalls loses lines, which are counted.
 
-    It is opened once more where that is possible, as a file of its own that does not block: what it takes at once is
-    written at once. A thread writes the rest, and all of what cannot be opened so. It ends when nothing is left, so
-    that the supervisor, which forks, has none as a rule. Processes that share the file take turns, by a lock on `turn`:
-    what a pipe does not hold at once would be mixed with others' lines.
+    It is reopened where that is possible, as a file of its own that does not block: what it takes at once is written
+    at once. A thread writes the rest, or everything if it can't be reopened. The thread ends when nothing is left: the
+    supervisor forks, and should have no threads. Processes that share the file take turns, by a lock on `turn`: what a
+    pipe does not hold at once would be mixed with others' lines.
     """
 
     def __init__(self, descriptor: int, turn: int | None, unblocked: int | None) -> None:
@@ -93,7 +93,7 @@ class StandardError:
             if self._thread is not None:
                 return
             self._thread = threading.Thread(target=self._run, name="standard error", daemon=True)
-            # A signal that the thread got would be missed by whoever waits for it.
+            # The thread must not take signals: the main thread waits for them.
             before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
             try:
                 self._thread.start()
@@ -154,7 +154,7 @@ class StandardError:
                     return
 
     def _write(self, lines: bytes) -> bytes:
-        """Write lines, however long that takes, and return what cannot be: nobody will ever read it, a full disk."""
+        """Write lines, however long it takes, and return those that cannot be: the reader is gone, or the disk full."""
         self._lock_turn(fcntl.LOCK_EX)
         while lines:
             try:
@@ -175,7 +175,7 @@ _standard_error = StandardError(2, None, None)
 def _open_unblocked(descriptor: int) -> int | None:
     """Return a descriptor whose writes don't block, and whose flags are nobody else's; None: not to be had (a socket).
 
-    What is written to a regular file goes where the file's other writers are: it stays as it is, and doesn't block.
+    A regular file is not reopened: its writers must share one offset, and it doesn't block.
     """
     try:
         if stat.S_ISREG(os.fstat(descriptor).st_mode):

@@ -31,7 +31,7 @@ REQUEST_SECONDS = Histogram(
 OPERATIONS = Counter("wallet_operations", "Operations decided, by type and outcome.", ["type", "outcome"])
 LANE_WAITING = Gauge(
     "wallet_lane_waiting",
-    "Requests that waited in the lanes as of their last calls.",
+    "Requests that wait in the lanes, as of at most half a second ago.",
     ["lane"],
     multiprocess_mode="livesum",
 )
@@ -42,10 +42,10 @@ WALLETS_APART = Gauge(
 )
 BATCH_SIZE = Histogram(
     "wallet_batch_size",
-    "Operations that went in one call.",
+    "Operations that a line applied together.",
     buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 10_000),
 )
-CALLS_IN_FLIGHT = Gauge("wallet_calls_in_flight", "Calls under way that apply operations.", multiprocess_mode="livesum")
+CALLS_IN_FLIGHT = Gauge("wallet_calls_in_flight", "Lines that are applying operations.", multiprocess_mode="livesum")
 RESENDS = Counter("wallet_resends", "Calls made again because an earlier one failed or was lost.")
 POOL_IN_USE = Gauge("wallet_pool_in_use", "Connections of the pool that are lent.", multiprocess_mode="livesum")
 LINES_DROPPED = Counter("wallet_log_lines_dropped", "Log lines dropped because nobody read standard error.")
@@ -54,7 +54,7 @@ BUILD_INFO.labels(platform.python_version(), version("aiohttp"), version("asyncp
 
 
 MAX_AGE = 1.0
-"""Seconds for which the values that were collected once are told again: to collect them holds up everybody."""
+"""Seconds for which collected values are served again: collecting blocks the event loop."""
 
 _collected = (b"", -MAX_AGE)
 
@@ -62,7 +62,7 @@ _collected = (b"", -MAX_AGE)
 def begin_at_zero(router: web.UrlDispatcher, types: Iterable[str], outcomes: Iterable[str]) -> None:
     """Make the series that alerts look at, of the routes of the API and the health checks.
 
-    A series begins with its first event otherwise, and the rate of one that begins at 800 is 0.
+    Otherwise a series begins with its first event, and rate() misses what it began with.
     """
     for route in router.routes():
         path = route.resource.canonical if route.resource is not None else ""

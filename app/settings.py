@@ -44,7 +44,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     pool_size: int = 10
     """Connections for reads, new wallets and statuses, at most, in each worker; those of the lanes are beside them."""
     lanes: int = 2
-    """Lanes in each worker: how many calls that apply operations it has in flight, beside those of bulk requests."""
+    """Lanes in each worker: how many calls it has in flight, beside those of bulk requests and of the siding."""
     lane_batch: int = 512
     """Operations that go in one call of a lane, at most."""
     lane_queue: int = 4096

@@ -1,4 +1,4 @@
-"""The calls to the functions in db/: one Python function for one SQL function, one statement each."""
+"""Connections and their pool, what errors mean, and the calls to db/ that apply no operations."""
 
 import asyncio
 import contextlib
@@ -34,7 +34,7 @@ select pg_logical_emit_message(true, 'wallet', ''::text) where current_setting('
 """
 """A statement whose commit waits until the synchronous standby, if there is one, has all that was visible before.
 
-A commit waits that has written to the log and has a transaction's number (src/backend/access/transam/xact.c).
+A commit waits only if it wrote WAL and has a transaction id (src/backend/access/transam/xact.c).
 """
 FIRST_ATTEMPT = 0.5
 """The part of a deadline that a first attempt may take: a connection that goes nowhere leaves time for a second one."""
@@ -46,7 +46,7 @@ READ_SHARE = 4
 """The divisor of a pool's size, for one key, while several are active: each of its connections keeps a core busy."""
 
 UNTIL: ContextVar[float | None] = ContextVar("until", default=None)
-"""The deadline, on the loop's clock, of the request that is being handled, if it has waited for something before."""
+"""The deadline, on the loop's clock, of the request that is being handled, if it had to wait for the keys."""
 
 _log = logging.getLogger("wallet")
 
@@ -54,7 +54,7 @@ _log = logging.getLogger("wallet")
 _HARMLESS = ("40001", "40P01", "55P03", "57014")
 """SQLSTATEs after which the session can be used again: the statement gave way to another one, or was too late."""
 _PASSING = ("25", "40", "53", "55P03", "57", "58")
-"""What the SQLSTATEs of errors begin with that time may mend."""
+"""Beginnings of the SQLSTATEs of errors that may pass: the same call may succeed later."""
 _DELIBERATE = ("23", "P0")
 """Classes of errors of constraints, and of what triggers raise (manual, appendix A)."""
 _LOST = ("08", "XX")
@@ -66,7 +66,7 @@ async def connect(url: str, deadline: float, name: str = "wallet", *, lock_timeo
 
     The server itself ends a statement after `deadline` seconds, so that none whose caller is gone holds a lock or a
     connection for ever, and a wait for a lock after `lock_timeout` seconds (0: never). Whatever the role or the
-    database have set, a commit is on disk before it is answered, its WARNINGs are told (see Session), and the
+    database have set, a commit is on disk before it is answered, WARNINGs are sent (see Session), and the
     isolation level is read committed.
     `name` is what pg_stat_activity calls the session.
     """
@@ -109,7 +109,7 @@ def _keep_alive(connection: Any, deadline: float) -> None:
 
 
 def deadline_of(seconds: float) -> float:
-    """Return when what a request asks for now is too late, on the loop's clock: in so many seconds, or before."""
+    """Return the request's deadline on the loop's clock: UNTIL, or `seconds` from now."""
     return UNTIL.get() or asyncio.get_running_loop().time() + seconds
 
 
@@ -205,7 +205,7 @@ class Pool:
         return None
 
     async def give_back(self) -> None:
-        """Close connections that have been idle for long, for ever."""
+        """Close connections that have been idle for IDLE seconds, until cancelled."""
         while True:
             await asyncio.sleep(IDLE / 2)
             long_ago = asyncio.get_running_loop().time() - IDLE
@@ -307,7 +307,7 @@ async def readiness(pool: Pool) -> tuple[bool, bool]:
 async def create_wallet(pool: Pool, wallet_uuid: str | None, currency: str | None) -> Balance:
     """Create a wallet; None for a random name. Raises Refusal: WA400, WA419.
 
-    Raises TimeoutError where the wallet exists and an earlier attempt of this call was lost: it may have made it.
+    Raises TimeoutError where the wallet exists and an earlier attempt of this call was lost: that may have created it.
     """
     name = wallet_uuid or str(uuid4())
     async with asyncio.timeout_at(deadline_of(pool.deadline)):
@@ -348,10 +348,10 @@ async def set_status(pool: Pool, wallet_uuid: str, status: str) -> Balance:
 
 
 async def _change(pool: Pool, query: str, *arguments: object) -> list[asyncpg.Record]:
-    """Make a call that changes something. Before a refusal is told, what it is based on is on the standby.
+    """Make a call that changes something. When it is refused, what the refusal rests on is on the standby.
 
-    A call that raises commits nothing, and so waits for no standby. But what it met may be a commit whose wait was
-    ended. So a message is committed then, which waits for all that came before.
+    A refused call commits nothing, so it waits for no standby; but it may rest on a commit that is not there yet. So
+    commit a message first: that waits for all before it.
     """
     try:
         return await pool.fetch(query, *arguments)

@@ -25,7 +25,7 @@ SIDING_PATIENCE = 2.5
 SIDING_SHARE = 100
 """Parts, with no wallet in common, in which a bulk request may wait on the siding; the rest is 55P03 at once."""
 BULK_HEADROOM = 2 * HEADROOM
-"""The part of a deadline that bulk requests have before them: their calls wait longer for locks."""
+"""HEADROOM for bulk requests, whose calls wait longer for locks."""
 
 LANES = web.AppKey("lanes", list[Lane])
 BULK = web.AppKey("bulk", Lane)
@@ -35,7 +35,7 @@ TROUBLE = web.AppKey("trouble", Trouble)
 
 def admit_bulk(app: web.Application) -> None:
     """Raise Overloaded if too many bulk requests wait, before another one is received."""
-    app[BULK].see_room()
+    app[BULK].check_room()
 
 
 async def apply_one(app: web.Application, request: Request) -> Outcome:
@@ -92,7 +92,7 @@ async def _apply(app: web.Application, lane: Lane, requests: Sequence[Request]) 
 async def _settle(
     app: web.Application, requests: Sequence[Request], outcomes: list[Outcome], last: float
 ) -> list[Outcome]:
-    """Try on the siding what waits for locked wallets.
+    """Try on the siding what a wallet in trouble kept from being applied.
 
     `last`: their deadline, on the loop's clock. Raises TimeoutError if an outcome is unknown.
     """

@@ -1,11 +1,11 @@
 """The hot lane: requests for one wallet share a call instead of queueing for its row lock one commit at a time.
 
-A wallet always uses the same lane of a process, a transfer that of its payer. A lane has one call in flight; what
+A wallet always uses the same lane of a process; a transfer uses its payer's. A lane has one call in flight; what
 arrives meanwhile waits, and all of it goes in the next call, one commit for all. An idle lane sends at once. The queue
 is bounded, and so is the time that a request takes: at its deadline it is answered 503, whatever the lane is doing. Its
 call was given up before that, and the database looks at the clock itself: a call that comes too late is taken back, and
-one that is in time holds its locks until it is committed. So what is refused after a 503 is not applied later by the
-call that was given up.
+one that is in time holds its locks until it is committed. So a retry that is refused after a 503 won't be applied
+later by the earlier call.
 
 Bulk requests have a lane of their own, which may have a few calls in flight: while one is under way, another is sent
 once it carries as much, or after a moment. An atomic one goes alone.
@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 from app.calls.database import LEAD, deadline_of
 from app.calls.line import UNTRIED, Line, Outcome, Request
-from app.calls.parties import PARTY, ByTurns, Parties, see_share
+from app.calls.parties import PARTY, ByTurns, Parties, check_share
 from app.calls.refusals import Overloaded
 from app.calls.trouble import Trouble
 from app.metrics import LANE_WAITING
@@ -37,9 +37,9 @@ BULK_BATCH = 4096
 LINGER = 0.005
 """Seconds that bulk requests wait, at most, for others to share a call while another call is under way."""
 HEADROOM = 0.1
-"""The part of a deadline that every request of a call has before it, at least.
+"""The part of its deadline that a request must have left to go in a call.
 
-With less, after an outage as long as the deadline, the oldest request of each call would spoil it for all the others.
+With less, after a long outage, the oldest request of each call would end it too early for the others.
 """
 COMPANY_SHARE = 32
 """The divisor of a call's size while several keys are active.
@@ -49,7 +49,7 @@ All that is in a call is answered at once, and all who were answered ask again a
 SHORT = 100
 """Operations of a call that is over soon."""
 SIDING_HEADROOM = 3 * HEADROOM
-"""The same for the siding, whose calls wait longer for locks."""
+"""HEADROOM for the siding, whose calls wait longer for locks."""
 GAUGE_INTERVAL = 0.5
 """Seconds after an arrival until the requests that wait are counted."""
 
@@ -122,8 +122,8 @@ class Lane:
     ) -> asyncio.Future[list[Outcome]]:
         """Queue requests and return the future of their outcomes, in order, or of a TimeoutError at their deadline.
 
-        They go in one call, and `atomic` ones share it with nobody. `until` is their deadline, if it is known already.
-        Raises Overloaded if too many clients wait already.
+        They go in one call (in company, many in several); `atomic` ones share theirs with nobody. `until` is
+        their deadline, if it is known already. Raises Overloaded if too many clients wait already.
         """
         party = PARTY.get()
         self._admit()
@@ -138,14 +138,14 @@ class Lane:
         if waiting.until < self._watched:
             self._watch_at(waiting.until)
 
-    def see_room(self) -> None:
+    def check_room(self) -> None:
         """Raise Overloaded if too many clients wait already, or too many of this party."""
         party = PARTY.get()
-        see_share(self._limit, len(self._waiting), self._waiting.of(party), "Too many requests are waiting")
+        check_share(self._limit, len(self._waiting), self._waiting.of(party), "Too many requests are waiting")
 
     def _admit(self) -> None:
         if 2 * len(self._waiting) + 2 > self._limit:  # else everybody's share is free
-            self.see_room()
+            self.check_room()
         self._arrived.set()
         if not self._counting:
             self._counting = True
@@ -156,7 +156,7 @@ class Lane:
         self._gauge.set(len(self._waiting))
 
     async def run(self, line: Line, idle: float | None = None) -> None:
-        """Send what waits, for ever; give the line's connection back when nothing has come for so many seconds.
+        """Send what waits, until cancelled; close the line's connection when nothing has come for `idle` seconds.
 
         Nothing is awaited between the look at the queue and the wait for an arrival, so none slips in between unseen.
         """
@@ -177,7 +177,7 @@ class Lane:
                 await self._linger()
             self._sent[line] = self._take()
             if not await self._send(line):
-                await asyncio.sleep(0)  # whoever was answered goes first, and finds a wallet in trouble
+                await asyncio.sleep(0)  # let the handlers just answered run first: they queue on the siding
 
     def _is_due(self) -> bool:
         """Tell whether anything may go now."""
@@ -186,7 +186,7 @@ class Lane:
         return any(queue[0].party not in away for queue in self._waiting.queues())
 
     def _away(self) -> set[str]:
-        """Return who has a long call under way, while there are several: other lines are left to the others."""
+        """In company, return the parties with a long call under way: the other lines are for other parties."""
         if not self._parties.in_company():
             return set()
         return {waiting.party for sent in self._sent.values() if _size(sent) > SHORT for waiting in sent}
@@ -199,7 +199,7 @@ class Lane:
         """While another line has a call under way, wait a little for as many requests as it carries.
 
         Where both are for one wallet, the second call waits for the first anyway, and nobody can join it any more.
-        Nobody is refused for it: a full queue goes. So does one with an atomic request, which nobody joins.
+        A full queue goes at once, so lingering refuses nobody; so does one with an atomic request, which nobody joins.
         """
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LINGER):
@@ -302,8 +302,8 @@ class Lane:
 class Siding(Lane):
     """The lane for wallets that are in trouble. For each of them, one call takes the requests of a single client.
 
-    A request for such a wallet delays the others in its call. Those that were tried go behind those that were not: a
-    transfer that waits for a locked wallet must not keep its other wallet from showing that it is free.
+    A request for such a wallet delays the others in its call. Requests that were tried go behind those that were not:
+    a transfer that waits for a locked wallet must not keep its other wallet from showing that it is free.
     """
 
     def __init__(self, limit: int, deadline: float, trouble: Trouble, parties: Parties) -> None:
@@ -313,12 +313,12 @@ class Siding(Lane):
     async def apply_apart(self, requests: Sequence[Request], until: float) -> list[Outcome]:
         """Apply a client's requests, trying again what is locked, and return their outcomes in order.
 
-        Those of what stayed locked up to the deadline (on the loop's clock) are 55P03, or what their wallet is known
-        for. Raises TimeoutError if the outcome is unknown at the deadline.
+        What stayed locked up to the deadline (on the loop's clock) is 55P03, or the SQLSTATE last refused to its
+        wallet. Raises TimeoutError if the outcome is unknown at the deadline.
         """
         outcomes = [UNTRIED] * len(requests)
         tried = 0.0
-        with contextlib.suppress(Overloaded):  # what may not wait is not applied either
+        with contextlib.suppress(Overloaded):  # no room to wait: it stays 55P03
             while locked := [number for number, outcome in enumerate(outcomes) if outcome.is_locked()]:
                 if self._loop.time() >= until - self._headroom:
                     break
@@ -327,22 +327,22 @@ class Siding(Lane):
                 for number, outcome in zip(locked, found, strict=True):
                     outcomes[number] = outcome
         told = zip(requests, outcomes, strict=True)
-        return [self._trouble.untried(request) if outcome.is_locked() else outcome for request, outcome in told]
+        return [self._trouble.outcome_of(request) if outcome.is_locked() else outcome for request, outcome in told]
 
     async def apply_atomic(
         self, requests: Sequence[Request], until: float, outcomes: list[Outcome] | None
     ) -> list[Outcome]:
         """Apply an atomic request, trying again while any of its wallets is locked; `outcomes` of an attempt before.
 
-        If it was not tried up to the deadline, each of its requests is 55P03, or what one of its wallets is known for.
-        Raises TimeoutError if the outcome is unknown at the deadline, and Overloaded.
+        If the deadline comes before a try that met no lock, what was locked is 55P03, or the SQLSTATE last refused to
+        one of its wallets. Raises TimeoutError if the outcome is unknown at the deadline, and Overloaded.
         """
         outcomes = outcomes or [UNTRIED] * len(requests)
         tried = 0.0
         while any(map(Outcome.is_locked, outcomes)):
             if self._loop.time() >= until - self._headroom:
-                untried = self._trouble.untried(*requests)
-                return [untried if outcome.is_locked() else outcome for outcome in outcomes]
+                locked = self._trouble.outcome_of(*requests)
+                return [locked if outcome.is_locked() else outcome for outcome in outcomes]
             outcomes = await self._queue(requests, until, tried, atomic=True) or outcomes
             tried = self._loop.time()
         return outcomes
@@ -361,9 +361,10 @@ class Siding(Lane):
     def _take(self) -> list[Waiting]:
         """Take what is to go in the next call; answer those that have no time for another one and were not applied.
 
-        What needs a wallet in trouble, and what needs none any more, begin by turns. An atomic request has a call to
-        itself, and so has one for a wallet to which the database refuses something: nobody fails with it then. Without
-        time for a call, each is 55P03; an atomic request, which is tried as a whole, has no outcomes then.
+        Calls begin alternately with what needs a wallet in trouble and what no longer does. An atomic request has a
+        call to itself, and so has one for a wallet to which the database refuses something, so that no other request
+        fails with it. Without time for a call, each is 55P03; an atomic request gets an empty list and keeps its
+        earlier outcomes.
         """
         trouble, refusals = self._trouble.wallets, self._trouble.refusals.keys()
         taken: list[Waiting] = []

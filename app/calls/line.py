@@ -1,4 +1,4 @@
-"""A line: one connection to wallet.apply_operations that survives whatever happens to the connection."""
+"""A line sends calls one at a time, over a connection that it replaces when lost."""
 
 import asyncio
 import contextlib
@@ -33,9 +33,9 @@ LOCK_TIMEOUT = 0.2
 LOCK_SHARE = 0.03
 """The part of a deadline that this takes, at most."""
 LEAST_ATTEMPT = 0.2
-"""The part of a deadline that every attempt has, if so much is left: it has to wait for locks, too."""
-REST = 0.02
-"""Seconds that the database is left to others between two parts of a call, at most; else as long as a part took."""
+"""The part of a deadline that a first attempt has, if so much is left: it has to wait for locks, too."""
+PART_PAUSE = 0.02
+"""Seconds of the pause between two parts of a call, at most; else it is as long as the last part took."""
 CLOCK_AGE = 5.0
 """Seconds after which the database's clock is read again."""
 _DECIDED = "sqlstate, message, same_request, balance_after, held_after, seq"
@@ -103,7 +103,8 @@ class Outcome(NamedTuple):
 
     `sqlstate` and `message` are None for an applied one, which has its operation, as JSON, if the request is `whole`.
     `same_request` is True for it, and None if a call that was lost had applied it. A duplicate has the recorded
-    operation if it belongs to the same wallet, and whether that is the very same request. Otherwise the rest is None.
+    operation if it belongs to the same wallet, and whether that is the very same request. Any other refusal has None
+    in the rest.
     """
 
     sqlstate: str | None
@@ -136,10 +137,10 @@ class Outcome(NamedTuple):
 
 
 class Found:
-    """What came of the earlier parts of a call: which operations they applied, and which wallets are left out since.
+    """What came of the earlier parts of a call: which operations they applied, and which wallets are left out.
 
-    Those are the wallets to which the database refused something, and the others of what was left out for them: what
-    comes behind it must not go before it. A transfer that is refused says of neither wallet that it is the one.
+    These are the wallets to which the database refused something, and those of requests left out for that, so that no
+    later request overtakes one. A refused transfer adds neither of its wallets: it doesn't show which was the cause.
     """
 
     def __init__(self) -> None:
@@ -154,8 +155,8 @@ class Found:
             elif not (outcome.is_ours() or outcome.is_locked()) and request.counterparty_uuid is None:
                 self.later.add(request.wallet_uuid)
 
-    def leaves_out(self, request: Request) -> bool:
-        """Tell whether a request has to come later, and so have its wallets."""
+    def leave_out(self, request: Request) -> bool:
+        """Tell whether a request is left out; then its wallets are, too."""
         if self.later.isdisjoint(request.wallets()):
             return False
         self.later.update(request.wallets())
@@ -163,11 +164,11 @@ class Found:
 
 
 class Line:
-    """A connection to wallet.apply_operations that survives whatever happens to the connection.
+    """Sends calls one at a time, over a connection that it replaces when lost.
 
-    One call at a time. A call whose outcome was lost is made again, once its backend is gone: otherwise a refusal could
-    be answered now and the old call still apply the operation later. What the lost call had committed comes back as a
-    duplicate of the very same request, and is the success that it is.
+    A call whose outcome was lost is made again, once its backend is gone: otherwise a refusal could be answered now
+    and the old call still apply the operation later. What the lost call had committed comes back as a duplicate of the
+    very same request, and is reported as the success that it is.
     """
 
     def __init__(self, settings: Settings, patience: float = 1, *, thorough: bool = False) -> None:
@@ -195,9 +196,9 @@ class Line:
         atomic: bool = False,
         most: int | None = None,
     ) -> list[Outcome]:
-        """Apply requests in one call and return their outcomes, in order, once they are committed.
+        """Apply requests, and return their outcomes in order once they are committed.
 
-        `most`: how many in one call, at most; more go in calls one after another, but for atomic ones.
+        `most`: operations in one call; more go in several, unless atomic.
 
         Tries until the database gives a definite answer. Raises TimeoutError at `last` (on the loop's clock), or up to
         LEAD of a deadline later, while the abandoned backend is ended: the outcome is then unknown. `again`: the
@@ -228,7 +229,7 @@ class Line:
         loop = asyncio.get_running_loop()
         lost, found, outcomes, took = self._lost, Found(), list[Outcome](), 0.0
         for begin in range(0, len(requests), most):
-            await asyncio.sleep(min(took, REST))
+            await asyncio.sleep(min(took, PART_PAUSE))
             self._lost = lost  # if a call of the part before was lost, this one was not in it
             part, began = requests[begin : begin + most], loop.time()
             came = await self._apply(part, last, found)
@@ -246,7 +247,7 @@ class Line:
         database has refused something is left out, as 55P03: else each would have to be searched for by halving.
         """
         if found.later and not (self._lost or self._thorough):
-            tried = [not found.leaves_out(request) for request in requests]
+            tried = [not found.leave_out(request) for request in requests]
             if not all(tried):
                 rest = list(compress(requests, tried))
                 came = iter(await self._apply(rest, last, found) if rest else ())
@@ -272,7 +273,7 @@ class Line:
                 sqlstate = getattr(error, "sqlstate", None) or "22000"
                 told = f"SQLSTATE {sqlstate}: {error}" if nothing_changed(error) else type(error).__name__
                 _log.warning("a call failed and is made again: %s", told, extra={"sqlstate": sqlstate})
-                self._clock = None  # if it was too late, then by a clock that has been set: read it again
+                self._clock = None  # 57014 may mean that the database's clock was set: read it again
                 if called and not is_passing(error):
                     if len(requests) > 1 and not atomic:
                         half = len(requests) // 2
@@ -287,7 +288,7 @@ class Line:
             await asyncio.sleep(min(next(pause), max(last - loop.time(), 0)))
 
     async def open(self) -> None:
-        """Connect, if the database can be reached at once: a line that is there first has its place."""
+        """Connect if the database answers at once, before other programs take the last sessions."""
         with contextlib.suppress(*NO_SUCCESS):
             async with asyncio.timeout(LEAD * self._deadline):
                 await self._prepare()
@@ -319,7 +320,7 @@ class Line:
                 except asyncpg.PostgresError as error:
                     if not isinstance(error, Refusal) and is_passing(error):
                         raise
-                    left = last - loop.time()  # the array function explains it
+                    left = last - loop.time()  # refused: apply_operations returns the details
             wallets, operations, types, amounts, counterparties, *others, whole = zip(*requests, strict=True)
             query = _APPLY
             columns: list[object] = [_literal(wallets), operations, _literal(types), amounts]
@@ -336,7 +337,7 @@ class Line:
                     self._abandoned = self._backend
                     self._abandoned_until = last + LEAD * self._deadline
                 if len(requests) > 1 and not is_passing(error):
-                    self._suspect = True  # it goes on for the parts of this call: a new one for each takes too long
+                    self._suspect = True  # keep it for the halves of this call: reconnecting for each takes too long
                 else:
                     await self.close()
             raise

@@ -1,4 +1,4 @@
-"""Parties: who asks. What all of them share is shared out between them, so that one's flood is its own affair.
+"""Parties: who asks. What all of them share is shared out between them, so that one's flood delays nobody else.
 
 A party is the name of the key that a request carries; "" where there are no keys, and then nothing here bounds it.
 """
@@ -22,13 +22,13 @@ T = TypeVar("T")
 PARTY: ContextVar[str] = ContextVar("party", default="")
 """The party of the request that is being answered."""
 COMPANY = 10.0
-"""Seconds for which a party that has asked for something counts as company of the others."""
+"""Seconds for which parties are in company after a request of another party than the one before."""
 PORTION = 8
-"""Requests that come in together in company, at most: what others may have to wait for before each of their steps."""
-REST = 0.5
-"""The pause between two portions, as a part of the time that the event loop took for the first."""
+"""Requests let in together in company, at most: whatever else is due waits for all of them."""
+REST_FACTOR = 0.5
+"""The pause after a portion, as a part of the time that the event loop took for it."""
 REFUSAL_PAUSE = 0.5
-"""Seconds until a party is told that it asks for too much: it may ask again at once, and each answer takes time."""
+"""Seconds before a party over its limit is told so: it may retry at once, and each answer costs time."""
 
 
 class Parties:
@@ -80,7 +80,7 @@ class Parties:
             del self._in_flight[party]
 
     def in_company(self) -> bool:
-        """Tell whether several parties ask: another one than the last asked a moment ago."""
+        """Tell whether a request of another party than the one before came within the last COMPANY seconds."""
         return bool(self._changed) and asyncio.get_running_loop().time() - self._changed < COMPANY
 
     async def _turn(self, party: str) -> None:
@@ -104,18 +104,18 @@ class Parties:
 
     def _rest(self, began: float) -> None:
         """Let in the next portion, after a part of the time that the last one took."""
-        asyncio.get_running_loop().call_later(REST * (time.perf_counter() - began), self._let_in)
+        asyncio.get_running_loop().call_later(REST_FACTOR * (time.perf_counter() - began), self._let_in)
 
 
 PARTIES = web.AppKey("parties", Parties)
 
 
-def see_share(size: int, taken: int, own: int, full: str, wanted: int = 1) -> None:
-    """Raise Overloaded if `wanted` is not left of something, or if the asking party would have more than it leaves.
+def check_share(size: int, taken: int, own: int, full: str, wanted: int = 1) -> None:
+    """Raise Overloaded if less than `wanted` is left, or the asking party would then hold more than remains.
 
     The dynamic threshold of Choudhury and Hahne (1998): one party alone has up to a half, two a third each, and there
-    is always something left for one that comes. A party that has nothing of it gets what it asks for, if that is left.
-    `taken` is what all have, `own` what this party has of it; `full` is what clients are told.
+    is always something left for one that comes. A party that has nothing gets what it asks for, if that is left.
+    `size` is all that there is, `taken` what all have, `own` what this party has; `full` is what clients are told.
     """
     left = size - taken - wanted
     if left < 0:
@@ -166,7 +166,7 @@ class ByTurns(Generic[T]):
         self._length += 1
 
     def charge(self, party: str, cost: float) -> None:
-        """Count what a party has had beside what it took, if anybody waits."""
+        """Charge a party a cost that was known only afterwards, if anybody waits."""
         if self._queues:
             self._had[party] = self._had.get(party, self._now) + cost
 

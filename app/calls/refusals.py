@@ -19,7 +19,7 @@ REFUSALS = {
     "WA425": (400, "not_applied"),
     "55P03": (503, "wallet_locked"),
 }
-"""What the functions in db/ refuse, by SQLSTATE: the HTTP status and the code. The detail is the SQL message."""
+"""What REST clients may be refused, by SQLSTATE: the HTTP status and the code. The detail is the SQL message."""
 DATABASE_REFUSED = (503, "database_refused")
 """The same for any other SQLSTATE."""
 
@@ -38,11 +38,11 @@ LOCKED = "Wallet is locked by another transaction: not applied"
 
 
 class NotReplicated(Exception):
-    """A commit was not waited for until its synchronous standby had it: the database may lose it yet."""
+    """A commit was answered before its synchronous standby had it: the database may lose it yet."""
 
 
 NO_ANSWER = (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError, NotReplicated)
-"""What a call raises if a connection cannot be had or was lost, or a commit may be: its outcome is unknown."""
+"""What a call raises if it had no connection or lost it, or if its commit may be lost: the outcome is unknown."""
 NO_SUCCESS = (asyncpg.PostgresError, *NO_ANSWER)
 """Whatever a call may raise."""
 

@@ -15,7 +15,7 @@ from app.settings import HOST
 CONNECT_TIMEOUT = 5.0
 """Seconds until an attempt to connect is given up, or to close in good order."""
 HOST_TIMEOUT = 1.0
-"""Seconds until an attempt to connect to one of several hosts is given up: another may take its place meanwhile."""
+"""Seconds until an attempt to connect to one of several hosts is given up: by the next, another may take writes."""
 HEAD_START = 0.1
 """Seconds that one of several hosts has to answer before the next one is asked, too (RFC 8305, section 5)."""
 
@@ -23,11 +23,11 @@ _log = logging.getLogger("wallet")
 
 
 class Session(asyncpg.Connection):
-    """A connection whose calls raise NotReplicated if their commit was not waited for until its standby had it.
+    """A connection whose calls raise NotReplicated if a commit was answered before its synchronous standby had it.
 
     Where that wait is cancelled, or ended with the session, PostgreSQL answers as after any commit, and sends a WARNING
     before. Its text is in the server's language and its SQLSTATE that of any RAISE WARNING: it is known by the function
-    that sends it (src/backend/replication/syncrep.c).
+    that sends it (src/backend/replication/syncrep.c). From then on every call raises: close the session.
     """
 
     def __init__(self, *arguments: Any) -> None:

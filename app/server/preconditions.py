@@ -11,7 +11,7 @@ from app.calls.session import CONNECT_TIMEOUT, open_session
 from app.settings import Settings, StartupError
 
 ATTEMPTS = 3
-"""Looks for a pooler: one may lend the same backend by chance, where it has few."""
+"""Looks for a pooler: one look may miss it, where it has few backends and lends the same one again."""
 TIMEOUT = 5.0
 """Seconds that the database has to answer all of it."""
 
@@ -22,16 +22,16 @@ def sessions(settings: Settings) -> int:
 
 
 def _beside(settings: Settings) -> int:
-    """Return how many sessions a worker has beside those that are set: one of them reads the keys."""
+    """Return how many sessions a worker has beside those of POOL_SIZE and LANES: one of them reads the keys."""
     return BULK_LINES + SIDING_LINES + (settings.access == "keys")
 
 
 async def check(settings: Settings) -> None:
-    """See that a database can serve this service and these settings. Raises StartupError, one line."""
+    """Check that a database can serve this service and these settings. Raises StartupError, one line."""
     connection = await reach(settings)
     try:
         async with asyncio.timeout(TIMEOUT):
-            await _see(connection, settings)
+            await _check(connection, settings)
     except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
         reason = " ".join(str(error).split()) or f"no answer within {TIMEOUT:g} seconds"
         raise StartupError(f"cannot use the database: {reason}") from None
@@ -56,13 +56,13 @@ async def reach(settings: Settings) -> Any:
         ) from None
 
 
-async def _see(connection: Any, settings: Settings) -> None:
-    await see_that_sessions_are_its_own(connection, settings)
+async def _check(connection: Any, settings: Settings) -> None:
+    await check_own_sessions(connection, settings)
     if not await is_writable(connection):
         raise StartupError("the database is read-only: a standby, or default_transaction_read_only is on")
     if not settings.allow_fsync_off and await connection.fetchval("show fsync") == "off":
         raise StartupError("the database has fsync = off: a crash of its machine would lose answered operations")
-    await see_that_sessions_fit(connection, settings)
+    await check_session_limits(connection, settings)
     if not await is_migrated(connection):
         raise StartupError(
             "the database is not migrated, or its user is no member of wallet_app: "
@@ -70,14 +70,12 @@ async def _see(connection: Any, settings: Settings) -> None:
         )
 
 
-async def see_that_sessions_are_its_own(connection: Any, settings: Settings) -> None:
-    """See that no pooler lends a session to another client between two transactions. Raises StartupError.
+async def check_own_sessions(connection: Any, settings: Settings) -> None:
+    """Check that no pooler lends a session to another client between two transactions. Raises StartupError.
 
-    Of two clients that are connected at once each has a backend of its own, unless there is a pooler in transaction or
-    statement mode (the latter ends a session that begins a transaction): there the second gets the backend that the
-    first has just used, or the first gets another one while the second has it. A statement that was prepared is then
-    known to a backend that meets it again for another client (SQLSTATE 42P05), or not known where it is asked for
-    (26000).
+    Without a pooler, each of two connected clients keeps its own backend. Behind one in transaction or statement mode
+    (the latter ends a session that begins a transaction), the second may get the first's backend, or the first another
+    one while the second is in a transaction. Prepared statements then clash (42P05) or are missing (26000).
     """
     try:
         assert settings.database_url is not None
@@ -109,8 +107,8 @@ def _pooled() -> StartupError:
     )
 
 
-async def see_that_sessions_fit(connection: Any, settings: Settings) -> None:
-    """See that the server may have as many sessions as these settings want. Raises StartupError with the numbers."""
+async def check_session_limits(connection: Any, settings: Settings) -> None:
+    """Check that the server may have as many sessions as these settings want. Raises StartupError with the numbers."""
     limits = await connection.fetchrow(
         """
         select current_setting('max_connections')::int as all_sessions,

@@ -21,7 +21,7 @@ from prometheus_client.multiprocess import mark_process_dead
 
 from app import logs
 from app.server import preconditions
-from app.server.embedded import Postgres, die_with_parent, forget_server, running_server
+from app.server.embedded import Postgres, clear_pg_variables, die_with_parent, running_server
 from app.server.migrations import LOGIN, bring_up_to_date
 from app.server.preconditions import sessions
 from app.settings import Settings, StartupError, access
@@ -96,7 +96,7 @@ def start_embedded(postgres: Postgres, settings: Settings) -> Settings:
 
     From here on this process and its children know of no other server: asyncpg reads the environment too.
     """
-    forget_server(os.environ)
+    clear_pg_variables(os.environ)
     postgres.start()
     asyncio.run(bring_up_to_date(postgres))
     return msgspec.structs.replace(settings, database_url=postgres.url(LOGIN))
@@ -104,11 +104,11 @@ def start_embedded(postgres: Postgres, settings: Settings) -> Settings:
 
 @contextlib.contextmanager
 def embedded_socket(settings: Settings) -> Iterator[str]:
-    """Give the folder of the embedded database's socket; where it doesn't run, it does for that long.
+    """Yield the folder of the embedded database's socket; start the database meanwhile if it isn't running.
 
     Raises StartupError.
     """
-    forget_server(os.environ)
+    clear_pg_variables(os.environ)
     with contextlib.ExitStack() as stack:
         running = running_server(settings.wallet_data_dir)
         if running is None:
@@ -125,8 +125,8 @@ def announce(
 ) -> None:
     """Say where the service listens, where its data lies and what to try.
 
-    That is for people, on standard output; where both outputs are one pipe, a program reads the log there, which then
-    has it as records.
+    For people, on standard output. If that and standard error are one pipe, a program reads it: then these are log
+    records.
     """
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(listening.getsockname()[0], settings.host)
     url = f"http://{_authority(host, settings.port)}"
@@ -142,7 +142,7 @@ def supervise(settings: Settings, sockets: list[socket.socket], postgres: Postgr
     """Run a worker on each socket, start again what ends by itself, and return when a signal says so."""
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     workers = [start_worker(settings, listening) for listening in sockets]
-    happened = None  # look first: what ended before the signals were blocked has told nobody
+    happened = None  # look first: the signal of what ended before they were blocked is lost
     while happened is None or happened.si_signo == signal.SIGCHLD:
         if postgres is not None:
             if not postgres.is_running():

@@ -1,4 +1,4 @@
-"""The aiohttp application: routes, resources, and what is looked at before a handler is asked."""
+"""The aiohttp application: routes, resources, and what is checked before a handler is called."""
 
 from collections.abc import Awaitable, Callable
 from functools import partial
@@ -25,7 +25,7 @@ MIB = 1024 * 1024
 OPERATION_TYPES = get_args(OperationType)
 """The types of operations that clients ask for."""
 NOT_OF_OPERATIONS = ("WA414", "WA419", "WA417")
-"""What is refused to other requests only."""
+"""SQLSTATEs that operations never get."""
 OUTCOMES = (
     "applied",
     *(code for sqlstate, (_, code) in REFUSALS.items() if sqlstate not in NOT_OF_OPERATIONS),
@@ -35,7 +35,7 @@ OUTCOMES = (
 
 
 def make_app(settings: Settings) -> web.Application:
-    """Return the application; `settings.database_url` names the database. Raises StartupError: see settings.access."""
+    """Return the application; `settings.database_url` must be set. Raises StartupError: see app.settings.access."""
     wants_keys = access(settings) == "keys"
     app = web.Application(handler_args={"auto_decompress": False})
     app[SETTINGS] = settings
@@ -55,7 +55,7 @@ def make_app(settings: Settings) -> web.Application:
         for r, scopes in routes(wants_keys=wants_keys)
     )
     metrics.begin_at_zero(app.router, OPERATION_TYPES, OUTCOMES)
-    connections.keep(app, settings, partial(answer, app, peers.finder(settings)))
+    connections.serve_over(app, settings, partial(answer, app, peers.finder(settings)))
     return app
 
 
@@ -94,9 +94,9 @@ def guarded(
     check_origin: Callable[[web.Request], None],
     admit: Callable[[web.Request, tuple[str, ...]], Awaitable[Key]],
 ) -> Handler:
-    """Return a handler that is asked only for what its request's head allows.
+    """Return a handler that checks a request's head before it calls this one.
 
-    The contract's order is the protocol, the route, whose page asks, who asks, the form. The body comes later.
+    The contract's order is the protocol, the route, the origin, the key, the form. The body comes later.
     """
     has_query = handler in (handlers.list_operations, handlers.list_holds, handlers.list_wallets, handlers.get_balance)
 

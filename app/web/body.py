@@ -7,8 +7,8 @@ from collections import Counter
 from aiohttp import HttpVersion11, hdrs, web
 from aiohttp.http_exceptions import HttpProcessingError
 
-from app.calls.parties import PARTY, see_share
-from app.web.keys import see_again
+from app.calls.parties import PARTY, check_share
+from app.web.keys import check_again
 from app.web.problems import Problem, invalid
 
 JSON = "application/json"
@@ -37,7 +37,7 @@ class Room:
         if size:
             party = PARTY.get()
             full = "Too many large bodies are being received"
-            see_share(self._size, self._taken.total(), self._taken[party], full, size)
+            check_share(self._size, self._taken.total(), self._taken[party], full, size)
             self._taken[party] += size
 
     def give_back(self, size: int) -> None:
@@ -89,7 +89,10 @@ def check_head(request: web.Request) -> None:
 
 
 async def receive_body(request: web.Request, limit: int) -> Body:
-    """Receive a request's body. Raises Problem: 400 for one that ends early, 408, 413, 415, 429."""
+    """Receive a request's body.
+
+    Raises Problem (400, 401, 408, 413, 415), Overloaded, and TimeoutError if the keys cannot be read.
+    """
     check_content_type(request)
     try:
         if (request.content_length or 0) > limit:
@@ -107,12 +110,12 @@ async def receive_body(request: web.Request, limit: int) -> Body:
         raise invalid(["body"], "the body does not decode as its headers say") from None
     except ConnectionError as error:  # nobody will read this
         _forget(error)
-        raise invalid(["body"], "the body ended before its end") from None
+        raise invalid(["body"], "the body is incomplete") from None
     except TimeoutError:
         raise Problem(408, "request_timeout", f"The body did not arrive within {BODY_TIMEOUT:g} seconds") from None
     with contextlib.ExitStack() as stack:
         stack.push(received)
-        await see_again(request)
+        await check_again(request)
         stack.pop_all()
     return received
 

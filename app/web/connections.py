@@ -44,7 +44,7 @@ Answer = Callable[[Handler, web.Request], Awaitable[web.StreamResponse]]
 """What makes an answer of whatever a handler returns or raises."""
 
 
-def keep(app: web.Application, settings: Settings, answer: Answer) -> None:
+def serve_over(app: web.Application, settings: Settings, answer: Answer) -> None:
     """Have an app served over connections of this kind, and every request answered by `answer`.
 
     aiohttp has no public way to say so: its runner asks the app for a server.
@@ -163,7 +163,7 @@ class Connection(web.RequestHandler):
     def resume_reading(self, resume_parser: bool = True) -> None:
         """Resume what was paused: aiohttp asks for it after each body, and parses once more what it has.
 
-        That is nothing, where the body is whole and no other request waits. Else its parser may have paused by itself.
+        Skip it if the body is whole and no request waits: nothing is left to parse. Else the parser may have paused.
         """
         if self._reading_paused or self._messages or not self._body.is_eof():
             super().resume_reading(resume_parser)

@@ -24,7 +24,7 @@ from app.web.problems import Problem
 INTERVAL = 1.0
 """Seconds between two readings of the keys."""
 TRUST = 5.0
-"""Seconds for which a reading holds, from its begin: a key that is revoked lives no longer."""
+"""Seconds for which a reading holds, from its start: a revoked key works at most this long."""
 TIMEOUT = TRUST / 2
 """Seconds that a reading may take."""
 SECRET_LIMIT = 128
@@ -103,7 +103,7 @@ class Keys:
     async def find(self, digest: bytes) -> Key | None:
         """Return the key with a digest. Waits for a reading up to the request's deadline, then raises TimeoutError.
 
-        The clock is the real one: the loop's stands still while a process does.
+        By time.monotonic(): the loop's clock stops while the process is stopped.
         """
         while (now := time.monotonic()) >= self._trusted_until:
             UNTIL.set(until := deadline_of(self._deadline))
@@ -113,8 +113,8 @@ class Keys:
         key = self._keys.get(digest)
         return key if key is not None and now < key.until else None
 
-    async def keep(self, settings: Settings) -> None:
-        """Read the keys again and again, for ever."""
+    async def poll(self, settings: Settings) -> None:
+        """Read the keys every INTERVAL seconds, until cancelled."""
         timeout = min(TIMEOUT, FIRST_ATTEMPT * settings.request_deadline)
         connection: Any = None
         pause = pauses()
@@ -165,7 +165,7 @@ KEYS = web.AppKey("keys", Keys)
 
 async def keep(app: web.Application) -> AsyncIterator[None]:
     """Read the keys while the app runs."""
-    reading = asyncio.create_task(app[KEYS].keep(app[SETTINGS]))
+    reading = asyncio.create_task(app[KEYS].poll(app[SETTINGS]))
     yield
     reading.cancel()
     with contextlib.suppress(asyncio.CancelledError):
@@ -178,8 +178,8 @@ async def admit_anybody(request: web.Request, scopes: Sequence[str]) -> Key:
     return ANYBODY
 
 
-async def see_again(request: web.Request) -> None:
-    """Look at the caller's key again, after a body that took its time: it may be revoked or expired by now.
+async def check_again(request: web.Request) -> None:
+    """Check the caller's key again, after a body that took its time: it may be revoked or expired by now.
 
     Raises Problem: 401; and TimeoutError if the keys cannot be read.
     """

@@ -127,7 +127,7 @@ class Wallets(msgspec.Struct, frozen=True):
 
 
 class Page(NoQuery, frozen=True, forbid_unknown_fields=True):
-    """The query of a statement: at most `limit` operations with a seq below `before`, from `start` to before `end`."""
+    """The query of a list of operations: at most `limit` with a seq below `before`, from `start` to before `end`."""
 
     numbers = ("limit", "before")
     times = ("from", "to")
@@ -203,7 +203,7 @@ def _time(_shape: type, value: Any) -> Time:
 
 
 async def read_body(request: web.Request, decoder: msgspec.json.Decoder[T], limit: int = BODY_LIMIT) -> T:
-    """Receive and decode a request's body. Raises Problem as these two do."""
+    """Receive and decode a request's body. Raises what receive_body and decode_body do."""
     content = request.content
     if content.is_eof() and content.exception() is None and (request.content_length or limit) < limit <= BODY_LIMIT:
         check_content_type(request)  # the shorter way for a small body that came along with the head
@@ -235,7 +235,7 @@ def decode_part(part: Sequence[Raw]) -> list[BulkOperation]:
 
 
 def _with_exact_amounts(body: bytes | bytearray, error: msgspec.ValidationError) -> bytes:
-    """Return a body with its amounts written as integers where they are. Raises `error` if it is no such body."""
+    """Return a body with whole amounts written as integers. Raises `error` if the body has another shape."""
     try:
         members = _members(body)
         if "operations" in members:
@@ -293,7 +293,7 @@ def metadata_text(metadata: dict[str, Raw] | None) -> str | None:
 
 
 def _short_number(text: str) -> int:
-    """Stand for a number that jsonb writes in so many digits. Raises ValueError for one that is longer."""
+    """Return a stand-in for a number. Raises ValueError if jsonb would write it too long."""
     number = Decimal(text)
     if abs(number.adjusted()) > METADATA_LIMIT:
         raise ValueError("a number is too long")

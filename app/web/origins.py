@@ -2,8 +2,8 @@
 
 A browser sends requests wherever any page tells it to, also to addresses that only this machine can reach. It says
 which page was the cause: Sec-Fetch-Site (W3C Fetch Metadata Request Headers), Origin (RFC 6454), and in Host the name
-under which it looked the address up, which may be one that a stranger has pointed here (DNS rebinding). Programs say
-none of this, or what their user meant.
+under which it looked the address up, which may be one that a stranger has pointed here (DNS rebinding). Other
+clients send none of these, or what their user chose.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""Whose request it is: the address that is connected, or behind proxies that a setting names, what they say."""
+"""A client's address: the one connected or, behind trusted proxies, the one they name."""
 
 import functools
 import ipaddress
@@ -13,7 +13,7 @@ def finder(settings: Settings) -> Callable[[web.Request], str]:
     """Return what tells the address of a request's client, as text.
 
     Behind a trusted proxy it is the last address in X-Forwarded-For that is no trusted proxy's: what stands before it
-    was said by who knows whom. Text that is no address is not believed, and the proxy that passed it on is told.
+    may be forged. Text that is no address is not believed: the client is then the proxy that passed it on.
     """
     trusted = networks(settings.trusted_proxies)
 

@@ -15,7 +15,7 @@ RETRY = {"Retry-After": "1"}
 """Seconds after which it is right to ask again."""
 
 LAST_ANSWERS = (408, 501, 505)
-"""Statuses that end a connection: what comes next on it is anybody's guess."""
+"""Statuses that end a connection: where the next request would begin is unknown."""
 
 _HTTP_CODES = {
     404: "not_found",
@@ -110,7 +110,7 @@ def overloaded(detail: str) -> Problem:
 
 
 def unavailable(detail: str) -> Problem:
-    """Return the 503 that says: the outcome is unknown, ask again with the same operation_uuid."""
+    """Return the 503 `unavailable`: what was asked for may or may not have been done."""
     return Problem(503, "unavailable", detail, headers=RETRY)
 
 

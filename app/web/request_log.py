@@ -24,7 +24,7 @@ METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 """What may stand in a metric's label: a client could send any word."""
 
 PROBE = "/readyz"
-"""What is asked all day long: it leaves a line only if all is not well."""
+"""Asked all day long: it leaves a line only if the answer is not 200."""
 
 _GOOD_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 

@@ -13,7 +13,7 @@ Item = TypeVar("Item")
 STEP = 250
 """Operations of a bulk request that are decoded or encoded in one step in company, at most: a few milliseconds."""
 LONG = 0.005
-"""Seconds of a step after which others are left as much time. Clients whose bulk requests take less share calls."""
+"""Seconds of a step after which others have as much time. Shorter ones follow at once: their requests share a call."""
 
 
 class Turns:
@@ -28,7 +28,7 @@ class Turns:
         self.places = Places(1)
 
     async def take(self, step: Callable[[], T], since: float | None = None) -> T:
-        """Take a step and return what it returns at once.
+        """Take a step, and return at once what it returns.
 
         After a long one, and in company after any, the next one begins after as much time as this one took.
         `since`: when the work of which it is a step came, on the loop's clock.

@@ -18,7 +18,7 @@ from app.calls.database import POOL, UNTIL
 from app.calls.dispatch import BULK
 from app.calls.lane import SHORT, Lane
 from app.calls.line import Line, Outcome, Request
-from app.calls.parties import PARTY, PORTION, ByTurns, Parties, Places, see_share
+from app.calls.parties import PARTY, PORTION, ByTurns, Parties, Places, check_share
 from app.calls.refusals import Overloaded
 from app.calls.trouble import Trouble
 from app.server.supervisor import spare_the_collector
@@ -232,7 +232,7 @@ def test_a_party_has_as_much_as_it_leaves_and_without_parties_all_may_be_had() -
         own = 0
         try:
             while True:
-                see_share(32, taken + own, own, "Full")
+                check_share(32, taken + own, own, "Full")
                 own += 1
         except Overloaded:
             return own

@@ -320,7 +320,7 @@ def test_a_locked_wallet_does_not_stand_in_for_one_to_which_the_database_refuses
     assert noted(trouble, ("a", "55P03")) == {"a"}
     assert noted(trouble, ("a b", "P0001")) == {"a", "b"}
     assert noted(trouble, ("a", None)) == {"b"}
-    assert trouble.untried(Request("b", uuid4(), "", 1)).sqlstate == "P0001"
+    assert trouble.outcome_of(Request("b", uuid4(), "", 1)).sqlstate == "P0001"
 
 
 @pytest.mark.parametrize("sqlstate", ["WA400", "WA404", "WA409"])
