@@ -70,7 +70,7 @@ $$;
 -- Name: FUNCTION any_argument_fault(p_wallet_uuid text, p_operation_uuid uuid, p_operation_type text, p_amount bigint, p_counterparty_uuid text, p_hold_uuid uuid, p_expires_at timestamp with time zone, p_metadata jsonb); Type: COMMENT; Schema: wallet; Owner: -
 --
 
-COMMENT ON FUNCTION wallet.any_argument_fault(p_wallet_uuid text, p_operation_uuid uuid, p_operation_type text, p_amount bigint, p_counterparty_uuid text, p_hold_uuid uuid, p_expires_at timestamp with time zone, p_metadata jsonb) IS 'Internal: the message of WA400 for an operation that no wallet can accept, else null; names of wallets are looked at only where none is found. The nil UUID (RFC 9562, section 5.9) is what an unset field looks like, so it names no operation. A function of its own, so that a session prepares its expressions only where it needs them.';
+COMMENT ON FUNCTION wallet.any_argument_fault(p_wallet_uuid text, p_operation_uuid uuid, p_operation_type text, p_amount bigint, p_counterparty_uuid text, p_hold_uuid uuid, p_expires_at timestamp with time zone, p_metadata jsonb) IS 'Internal: the message of WA400 for an operation that no wallet can accept, else null; wallet names are checked only once no wallet was found. The nil UUID (RFC 9562, section 5.9) is what an unset field looks like, so it names no operation. A function of its own, so that a session prepares its expressions only where it needs them.';
 
 
 SET default_tablespace = '';
@@ -344,7 +344,7 @@ $$;
 -- Name: FUNCTION apply_operation(p_wallet_uuid text, p_operation_uuid uuid, p_operation_type text, p_amount bigint, p_counterparty_uuid text, p_hold_uuid uuid, p_expires_at timestamp with time zone, p_metadata jsonb, p_not_after timestamp with time zone); Type: COMMENT; Schema: wallet; Owner: -
 --
 
-COMMENT ON FUNCTION wallet.apply_operation(p_wallet_uuid text, p_operation_uuid uuid, p_operation_type text, p_amount bigint, p_counterparty_uuid text, p_hold_uuid uuid, p_expires_at timestamp with time zone, p_metadata jsonb, p_not_after timestamp with time zone) IS 'Applies one operation exactly once and returns its row; for a transfer, the payer''s. p_operation_uuid: the caller''s name for the operation, not the nil UUID; p_operation_type: DEPOSIT, WITHDRAW, TRANSFER, HOLD or RELEASE; p_amount: minor units, 1 to 2^63-1, null for RELEASE; p_counterparty_uuid: the payee of a TRANSFER, else null; p_metadata: an object of at most 2,048 octets as text ({} is null); p_not_after: the last moment of the call by the database''s clock; p_hold_uuid: the hold, that is the operation_uuid of a HOLD of this wallet, which a RELEASE ends, or from which a WITHDRAW or TRANSFER takes its amount (a capture: the hold ends, and what is left of it is available again); else null; p_expires_at: of a HOLD, from when on it counts no longer, in the years 1 to 9999, or null. Raises, the first that applies: WA400 (bad argument), WA404 (no such wallet), WA409 (the operation exists, on whichever wallet), WA424 (this wallet has no such hold), WA410 (the hold is captured, released or expired; a new one is due already), WA405 (a wallet is closed), WA403 (the wallet is frozen), WA422 (the wallets'' currencies differ), WA402 (not enough money available; a capture of more than is held), WA416 (a balance would pass 2^63-1); under a lock_timeout also 55P03, after WA409 (another transaction keeps a wallet locked, or the operation_uuid in flight); 57014 (too late); 0A000 unless the transaction is read committed. A refused operation leaves nothing behind.';
+COMMENT ON FUNCTION wallet.apply_operation(p_wallet_uuid text, p_operation_uuid uuid, p_operation_type text, p_amount bigint, p_counterparty_uuid text, p_hold_uuid uuid, p_expires_at timestamp with time zone, p_metadata jsonb, p_not_after timestamp with time zone) IS 'Applies one operation exactly once and returns its row; for a transfer, the payer''s. p_operation_uuid: the caller''s name for the operation, not the nil UUID; p_operation_type: DEPOSIT, WITHDRAW, TRANSFER, HOLD or RELEASE; p_amount: minor units, 1 to 2^63-1, null for RELEASE; p_counterparty_uuid: the payee of a TRANSFER, else null; p_hold_uuid: the hold, that is the operation_uuid of a HOLD of this wallet, which a RELEASE ends, or from which a WITHDRAW or TRANSFER takes its amount (a capture: the hold ends, and what is left of it is available again); else null; p_expires_at: of a HOLD, from when on it counts no longer, in the years 1 to 9999, or null; p_metadata: an object of at most 2,048 octets as text ({} is null); p_not_after: the last moment of the call by the database''s clock. Raises, the first that applies: WA400 (bad argument), WA404 (no such wallet), WA409 (the operation exists, on whichever wallet), WA424 (this wallet has no such hold), WA410 (the hold is captured, released or expired, or a new HOLD''s p_expires_at has passed), WA405 (a wallet is closed), WA403 (the wallet is frozen), WA422 (the wallets'' currencies differ), WA402 (not enough money available; a capture of more than is held), WA416 (a balance would pass 2^63-1); under a lock_timeout also 55P03, after WA409 (another transaction keeps a wallet locked, or the operation_uuid in flight); 57014 (too late); 0A000 unless the transaction is read committed. A refused operation leaves nothing behind.';
 
 
 --
@@ -365,7 +365,7 @@ declare
   v_half int;
   v_lock_timeout text := current_setting('lock_timeout');
   v_now timestamptz;
-  v_step text; -- what the attempt is about, when it ends by an error
+  v_step text; -- what the attempt was doing when it failed
   v_halve boolean := false;
 
   v_last timestamptz;
@@ -567,7 +567,7 @@ begin
         v_step := 'halves';
         v_half := v_count / 2;
         if v_lock_timeout <> '0' then
-          perform set_config('lock_timeout', '1', true); -- what is here is locked, and what is not was waited for
+          perform set_config('lock_timeout', '1', true); -- wallets found are locked, the others were waited for
         end if;
 
         return query
@@ -938,7 +938,7 @@ $$;
 -- Name: FUNCTION apply_operations(p_wallet_uuids text[], p_operation_uuids uuid[], p_operation_types text[], p_amounts bigint[], p_counterparty_uuids text[], p_hold_uuids uuid[], p_expires_at timestamp with time zone[], p_metadata jsonb[], p_atomic boolean, p_not_after timestamp with time zone); Type: COMMENT; Schema: wallet; Owner: -
 --
 
-COMMENT ON FUNCTION wallet.apply_operations(p_wallet_uuids text[], p_operation_uuids uuid[], p_operation_types text[], p_amounts bigint[], p_counterparty_uuids text[], p_hold_uuids uuid[], p_expires_at timestamp with time zone[], p_metadata jsonb[], p_atomic boolean, p_not_after timestamp with time zone) IS 'Applies a batch of operations as apply_operation would one after another in the order given, and commits those that succeed together. Arrays of one length, with the arguments of apply_operation; those that may be null may be null as a whole. Returns one row per request, in order: ordinal (from 1), sqlstate and message (null: applied), same_request (whether what is recorded under its operation_uuid is this request: true for an applied one; null where nothing is recorded), and the row of the applied operation, or of the recorded one where the sqlstate is WA409 and it belongs to the same wallet. Outcomes per request: WA400, WA404, WA409, WA424, WA410, WA405, WA403, WA422, WA402, WA416 as in apply_operation. Also, for requests that were not applied and may be asked again: 55P03, under a lock_timeout, after WA409 (another transaction keeps a wallet locked, or the operation_uuid in flight); and the SQLSTATE of whatever else the database refuses (a constraint, a trigger), its message in a WARNING. p_atomic: if any request is refused, none is applied, and the outcome of those that would have been is WA425. Raises WA400 only for the arrays themselves (null, different lengths, more than one dimension), 57014 (too late), 0A000 unless the transaction is read committed, and, without a lock_timeout, 40P01 (nothing was applied: ask again) where one of two batches that name the same operation_uuids is applied in parts, because the database refuses something in it or its clock was set back.';
+COMMENT ON FUNCTION wallet.apply_operations(p_wallet_uuids text[], p_operation_uuids uuid[], p_operation_types text[], p_amounts bigint[], p_counterparty_uuids text[], p_hold_uuids uuid[], p_expires_at timestamp with time zone[], p_metadata jsonb[], p_atomic boolean, p_not_after timestamp with time zone) IS 'Applies a batch of operations as apply_operation would, one after another in the order given, in one transaction: the good ones stay, the others are refused. Arrays of one length, with the arguments of apply_operation; those that may be null may be null as a whole. Returns one row per request, in order: ordinal (from 1), sqlstate and message (null: applied), same_request (whether what is recorded under its operation_uuid is this request: true for an applied one; null where nothing is recorded), and the row of the applied operation, or of the recorded one where the sqlstate is WA409 and it belongs to the same wallet. Outcomes per request: WA400, WA404, WA409, WA424, WA410, WA405, WA403, WA422, WA402, WA416 as in apply_operation. Also, for requests that were not applied and may be asked again: 55P03, under a lock_timeout, after WA409 (another transaction keeps a wallet locked, or the operation_uuid in flight); and the SQLSTATE of whatever else the database refuses (a constraint, a trigger), its message in a WARNING. p_atomic: if any request is refused, none is applied, and the outcome of those that would have been is WA425. Raises WA400 only for the arrays themselves (null, different lengths, more than one dimension), 57014 (too late), 0A000 unless the transaction is read committed, and, without a lock_timeout, 40P01 (nothing was applied: ask again) where one of two batches that name the same operation_uuids is applied in parts, because the database refuses something in it or its clock was set back.';
 
 
 --
@@ -981,7 +981,7 @@ $$;
 -- Name: FUNCTION apply_request(p_wallet_uuid text, p_operation_uuid uuid, p_operation_type text, p_amount bigint, p_counterparty_uuid text, p_hold_uuid uuid, p_expires_at timestamp with time zone, p_metadata jsonb, p_not_after timestamp with time zone); Type: COMMENT; Schema: wallet; Owner: -
 --
 
-COMMENT ON FUNCTION wallet.apply_request(p_wallet_uuid text, p_operation_uuid uuid, p_operation_type text, p_amount bigint, p_counterparty_uuid text, p_hold_uuid uuid, p_expires_at timestamp with time zone, p_metadata jsonb, p_not_after timestamp with time zone) IS 'Internal: what apply_operation does, by way of apply_operations, where all is written that concerns holds.';
+COMMENT ON FUNCTION wallet.apply_request(p_wallet_uuid text, p_operation_uuid uuid, p_operation_type text, p_amount bigint, p_counterparty_uuid text, p_hold_uuid uuid, p_expires_at timestamp with time zone, p_metadata jsonb, p_not_after timestamp with time zone) IS 'Internal: what apply_operation does, by way of apply_operations, which alone handles holds.';
 
 
 --
@@ -1010,7 +1010,7 @@ $$;
 -- Name: FUNCTION argument_fault(p_wallet_uuid text, p_operation_uuid uuid, p_operation_type text, p_amount bigint, p_counterparty_uuid text, p_hold_uuid uuid, p_expires_at timestamp with time zone, p_metadata jsonb); Type: COMMENT; Schema: wallet; Owner: -
 --
 
-COMMENT ON FUNCTION wallet.argument_fault(p_wallet_uuid text, p_operation_uuid uuid, p_operation_type text, p_amount bigint, p_counterparty_uuid text, p_hold_uuid uuid, p_expires_at timestamp with time zone, p_metadata jsonb) IS 'Internal: any_argument_fault, without a call for a deposit, withdrawal or transfer that is well formed and has no metadata and no hold. Neither security definer nor pinned, so that it is inlined into its callers, which are.';
+COMMENT ON FUNCTION wallet.argument_fault(p_wallet_uuid text, p_operation_uuid uuid, p_operation_type text, p_amount bigint, p_counterparty_uuid text, p_hold_uuid uuid, p_expires_at timestamp with time zone, p_metadata jsonb) IS 'Internal: any_argument_fault, without a call for a deposit, withdrawal or transfer that is well formed and has no metadata and no hold. No security definer and no search_path of its own, so that it is inlined into its callers, which have both.';
 
 
 --
@@ -1082,7 +1082,7 @@ $$;
 -- Name: FUNCTION create_key(p_name text, p_scopes text[], p_wallet_prefix text, p_expires_at timestamp with time zone); Type: COMMENT; Schema: wallet; Owner: -
 --
 
-COMMENT ON FUNCTION wallet.create_key(p_name text, p_scopes text[], p_wallet_prefix text, p_expires_at timestamp with time zone) IS 'Makes a key for REST callers and returns its secret, which is stored nowhere and never shown again: wk_ and 43 characters of A-Z, a-z, 0-9, _ and -. p_name: 1 to 64 characters of A-Z, a-z, 0-9, _ and -; it stays taken for good. p_scopes: one or more of read, create, deposit, withdraw, transfer, hold, admin and metrics. p_wallet_prefix: the key reaches only wallets whose names begin so, byte for byte; null for all. p_expires_at: from when on it is refused, by the database''s clock; null for never. One that is past makes a key that is refused. Raises WA400 (bad name, scopes, prefix or expiry), WA420 (the key exists, perhaps revoked or expired), 0A000 (another isolation level than read committed).';
+COMMENT ON FUNCTION wallet.create_key(p_name text, p_scopes text[], p_wallet_prefix text, p_expires_at timestamp with time zone) IS 'Makes a key for REST callers and returns its secret, which is stored nowhere and never shown again: wk_ and 43 characters of A-Z, a-z, 0-9, _ and -. p_name: 1 to 64 characters of A-Z, a-z, 0-9, _ and -; it stays taken for good. p_scopes: one or more of read, create, deposit, withdraw, transfer, hold, admin and metrics. p_wallet_prefix: the key reaches only wallets whose names begin so, byte for byte; null for all. p_expires_at: from when on it is refused, by the database''s clock; null for never. A past time is accepted: the key is refused from the start. Raises WA400 (bad name, scopes, prefix or expiry), WA420 (the key exists, perhaps revoked or expired), 0A000 (another isolation level than read committed).';
 
 
 --
@@ -1111,7 +1111,7 @@ $$;
 -- Name: FUNCTION due_amount(p_wallet_uuid text, p_from timestamp with time zone, p_until timestamp with time zone); Type: COMMENT; Schema: wallet; Owner: -
 --
 
-COMMENT ON FUNCTION wallet.due_amount(p_wallet_uuid text, p_from timestamp with time zone, p_until timestamp with time zone) IS 'Internal: minor units, how much of what a wallet''s last row holds is due at a moment (null: now), though no EXPIRE says so yet. p_from: the created_at of that row. The view wallet.balance calls it with the rights of whoever reads that.';
+COMMENT ON FUNCTION wallet.due_amount(p_wallet_uuid text, p_from timestamp with time zone, p_until timestamp with time zone) IS 'Internal: minor units, how much of what a wallet''s last row holds has expired by p_until (null: now), with no EXPIRE recorded yet. p_from: the created_at of that row. The view wallet.balance calls it with the rights of whoever reads that.';
 
 
 --
@@ -1330,7 +1330,7 @@ $$;
 -- Name: FUNCTION fault_message(p_sqlstate text); Type: COMMENT; Schema: wallet; Owner: -
 --
 
-COMMENT ON FUNCTION wallet.fault_message(p_sqlstate text) IS 'Internal: the message that goes with a SQLSTATE; REST clients see it as detail. Neither security definer nor pinned, so that it is inlined into its callers, which are.';
+COMMENT ON FUNCTION wallet.fault_message(p_sqlstate text) IS 'Internal: the message that goes with a SQLSTATE; REST clients see it as detail. No security definer and no search_path of its own, so that it is inlined into its callers, which have both.';
 
 
 --
@@ -1374,7 +1374,7 @@ $$;
 -- Name: FUNCTION get_operation(p_wallet_uuid text, p_operation_uuid uuid); Type: COMMENT; Schema: wallet; Owner: -
 --
 
-COMMENT ON FUNCTION wallet.get_operation(p_wallet_uuid text, p_operation_uuid uuid) IS 'Returns the row of an operation applied to this wallet; for the payee of a transfer that is its RECEIVE, under a hold''s name the HOLD. Raises WA400 (null, or bad wallet name), WA404 (no such wallet), WA414 (this wallet has no such operation).';
+COMMENT ON FUNCTION wallet.get_operation(p_wallet_uuid text, p_operation_uuid uuid) IS 'Returns the row of an operation applied to this wallet; for the payee of a transfer that is its RECEIVE, for a hold''s uuid its HOLD, not its EXPIRE. Raises WA400 (null, or bad wallet name), WA404 (no such wallet), WA414 (this wallet has no such operation).';
 
 
 --
@@ -1447,7 +1447,7 @@ $$;
 -- Name: FUNCTION is_same_request(p_operation wallet.operation, p_operation_type text, p_amount bigint, p_counterparty_uuid text, p_hold_uuid uuid, p_expires_at timestamp with time zone, p_metadata jsonb); Type: COMMENT; Schema: wallet; Owner: -
 --
 
-COMMENT ON FUNCTION wallet.is_same_request(p_operation wallet.operation, p_operation_type text, p_amount bigint, p_counterparty_uuid text, p_hold_uuid uuid, p_expires_at timestamp with time zone, p_metadata jsonb) IS 'Internal: whether an operation on record is what this request asks for. Neither security definer nor pinned, so that it is inlined into its callers, which are.';
+COMMENT ON FUNCTION wallet.is_same_request(p_operation wallet.operation, p_operation_type text, p_amount bigint, p_counterparty_uuid text, p_hold_uuid uuid, p_expires_at timestamp with time zone, p_metadata jsonb) IS 'Internal: whether an operation on record is what this request asks for. No security definer and no search_path of its own, so that it is inlined into its callers, which have both.';
 
 
 --
@@ -1791,7 +1791,7 @@ $_$;
 -- Name: FUNCTION name_fault(p_wallet_uuid text); Type: COMMENT; Schema: wallet; Owner: -
 --
 
-COMMENT ON FUNCTION wallet.name_fault(p_wallet_uuid text) IS 'Internal: the message of WA400 for a wallet uuid that no wallet can have, else null. Neither security definer nor pinned, so that it is inlined into its callers, which are.';
+COMMENT ON FUNCTION wallet.name_fault(p_wallet_uuid text) IS 'Internal: the message of WA400 for a wallet uuid that no wallet can have, else null. No security definer and no search_path of its own, so that it is inlined into its callers, which have both.';
 
 
 --
@@ -1812,7 +1812,7 @@ $$;
 -- Name: FUNCTION names_fault(p_wallet_uuid text, p_counterparty_uuid text); Type: COMMENT; Schema: wallet; Owner: -
 --
 
-COMMENT ON FUNCTION wallet.names_fault(p_wallet_uuid text, p_counterparty_uuid text) IS 'Internal: the message of WA400 for the names of an operation''s wallets, of which the second may be null; else null. Neither security definer nor pinned, so that it is inlined into its callers, which are.';
+COMMENT ON FUNCTION wallet.names_fault(p_wallet_uuid text, p_counterparty_uuid text) IS 'Internal: the message of WA400 for the names of an operation''s wallets, of which the second may be null; else null. No security definer and no search_path of its own, so that it is inlined into its callers, which have both.';
 
 
 --
@@ -1856,7 +1856,7 @@ $$;
 -- Name: FUNCTION raise_too_late(); Type: COMMENT; Schema: wallet; Owner: -
 --
 
-COMMENT ON FUNCTION wallet.raise_too_late() IS 'Takes back the statement that calls it, because its last moment has passed: select ... from wallet.apply_operations(...) where case when clock_timestamp() < $5 then true else wallet.raise_too_late() end. The clock is looked at when the function has run, however long it waited for a lock, and a call that is in time holds its locks until it is committed. Raises 57014 (query_canceled), always.';
+COMMENT ON FUNCTION wallet.raise_too_late() IS 'For services older than p_not_after: takes back the statement that calls it, because its last moment has passed: select ... from wallet.apply_operations(...) where case when clock_timestamp() < $5 then true else wallet.raise_too_late() end. The clock is read after apply_operations has run, however long it waited for a lock, and a call that is in time holds its locks until it is committed. Raises 57014 (query_canceled), always.';
 
 
 --
@@ -2129,7 +2129,7 @@ $$;
 -- Name: FUNCTION state_fault(p_operation_type text, p_amount bigint, p_status text, p_balance bigint, p_currency text, p_payee_status text, p_payee_balance bigint, p_payee_currency text); Type: COMMENT; Schema: wallet; Owner: -
 --
 
-COMMENT ON FUNCTION wallet.state_fault(p_operation_type text, p_amount bigint, p_status text, p_balance bigint, p_currency text, p_payee_status text, p_payee_balance bigint, p_payee_currency text) IS 'Internal: the SQLSTATE for an operation that the state of its wallets does not allow (the first of WA405, WA403, WA422, WA402, WA416), else null. p_balance: of a DEPOSIT the balance, of any other what the amount may be taken from. The payee''s state is null but for a TRANSFER. Neither security definer nor pinned, so that it is inlined into its callers, which are.';
+COMMENT ON FUNCTION wallet.state_fault(p_operation_type text, p_amount bigint, p_status text, p_balance bigint, p_currency text, p_payee_status text, p_payee_balance bigint, p_payee_currency text) IS 'Internal: the SQLSTATE for an operation that the state of its wallets does not allow (the first of WA405, WA403, WA422, WA402, WA416), else null. p_balance: of a DEPOSIT the balance, of any other what the amount may be taken from. The payee''s state is null but for a TRANSFER. No security definer and no search_path of its own, so that it is inlined into its callers, which have both.';
 
 
 --
@@ -2531,4 +2531,4 @@ INSERT INTO public.schema_migrations (version) VALUES
     ('20261130000002'),
     ('20261130000003'),
     ('20261130080934'),
-    ('20261130130005');
+    ('20261130134402');

@@ -1,10 +1,10 @@
--- The row locks on the wallets come first, in the order of uuid, and are held to the end of the transaction: they put the
+-- The row locks on the wallets come first (see lock_wallets) and are held to the end of the transaction: they put the
 -- operations of a wallet in order, so nothing below them can race but the same operation_uuid on another wallet, where
 -- the unique index decides. The last rows are read by statements of their own, which see what the lock waited for.
--- The state is checked before the duplicate because that is the order that costs a good operation
--- nothing; an operation that was applied and is sent again must hear that it exists, so the failing paths look for it.
--- Where something is held, or is to be, apply_operations does it.
--- A plain insert whose unique_violation is caught costs less than one that is on conflict do nothing.
+-- The state is checked before duplicates, which costs a good operation nothing; one that fails looks whether it is a
+-- repeat, which must get WA409.
+-- Whatever involves holds goes to apply_operations.
+-- A plain insert whose unique_violation is caught costs less than `insert ... on conflict do nothing`.
 -- Sequential scans are off, here and in what reads: a session keeps a plan that it made while the ledger was empty.
 create or replace function wallet.apply_operation(
   p_wallet_uuid text,
@@ -163,12 +163,11 @@ $$;
 comment on function wallet.apply_operation(text, uuid, text, bigint, text, uuid, timestamptz, jsonb, timestamptz) is
   'Applies one operation exactly once and returns its row; for a transfer, the payer''s. p_operation_uuid: the caller''s name for the operation, '
   'not the nil UUID; p_operation_type: DEPOSIT, WITHDRAW, TRANSFER, HOLD or RELEASE; p_amount: minor units, 1 to 2^63-1, null for RELEASE; p_counterparty_uuid: the payee of a TRANSFER, '
-  'else null; p_metadata: an object of at most 2,048 octets as text ({} is null); p_not_after: the last moment of the call by the database''s clock; '
-  'p_hold_uuid: the hold, that is the operation_uuid of a HOLD of this wallet, which a RELEASE ends, or from which a WITHDRAW or TRANSFER takes its amount '
+  'else null; p_hold_uuid: the hold, that is the operation_uuid of a HOLD of this wallet, which a RELEASE ends, or from which a WITHDRAW or TRANSFER takes its amount '
   '(a capture: the hold ends, and what is left of it is available again); else null; p_expires_at: of a HOLD, from when on it counts no longer, '
-  'in the years 1 to 9999, or null. '
+  'in the years 1 to 9999, or null; p_metadata: an object of at most 2,048 octets as text ({} is null); p_not_after: the last moment of the call by the database''s clock. '
   'Raises, the first that applies: WA400 (bad argument), WA404 (no such wallet), WA409 (the operation exists, on whichever wallet), '
-  'WA424 (this wallet has no such hold), WA410 (the hold is captured, released or expired; a new one is due already), '
+  'WA424 (this wallet has no such hold), WA410 (the hold is captured, released or expired, or a new HOLD''s p_expires_at has passed), '
   'WA405 (a wallet is closed), WA403 (the wallet is frozen), WA422 (the wallets'' currencies differ), WA402 (not enough money available; a capture of more than is held), '
   'WA416 (a balance would pass 2^63-1); under a lock_timeout also 55P03, after WA409 (another transaction keeps '
   'a wallet locked, or the operation_uuid in flight); 57014 (too late); 0A000 unless the transaction is read committed. '

@@ -9,23 +9,23 @@
 -- has committed by then, because the insert waited for it, so each look-up that follows such an objection finds more of them
 -- than the one before.
 --
--- What else the database refuses (a constraint, a trigger, an operation_uuid that stays in flight) it refuses to a single
--- request, and doesn't say to which. Both halves of the batch are then applied by themselves, one after the other, down to
+-- Any other refusal (a constraint, a trigger, an operation_uuid that stays in flight) is due to one request, and the database
+-- doesn't say to which. Both halves of the batch are then applied by themselves, one after the other, down to
 -- that request. All wallets stay locked meanwhile. The second half inserts after the first, whatever its operation_uuids are: so
 -- without a lock_timeout a batch in halves can deadlock (40P01) with another that names the same operations for other wallets. Under
--- a lock_timeout halves wait for 1 ms, less than any deadlock takes, and the request that waited is 55P03.
+-- a lock_timeout halves wait for 1 ms, less than deadlock_timeout, and the request that waited is 55P03.
 --
 -- An atomic batch is applied as any other, and all of it is taken back if any request was refused.
 --
 -- Holds that are due when the wallets are locked count for nobody: they are taken off the state before the first decision, and
 -- recorded with the first operation that is applied to their wallet. A hold that the batch names has one entry of state: open
--- with its amount, closed, or unknown; what makes or ends it in the batch changes that entry. Where a wallet's last row is later
--- than the clock, the moments of the requests differ, and with them what is due: they are applied one by one.
+-- with its amount, closed, or unknown; what makes or ends it in the batch changes that entry. If the
+-- clock was set back, requests may have different moments, and so different holds due: they are applied one by one.
 --
--- The decisions run in the order of the requests, over arrays: one entry a request for what comes out (by ordinal), one a
--- wallet for the state in between (by number; v_numbers is the dictionary from uuid to number). Arrays are unnested
--- side by side in the select list, row by row; in the from clause each of them would first be copied as a whole. What is null as a
--- whole in most calls is looked up by ordinal, since each array that is unnested costs every row. The plans are pinned to
+-- The decisions run in the order of the requests, over arrays: results are indexed by request (its ordinal), state by wallet
+-- (its number; v_numbers maps uuid to number). Arrays are unnested side by side in the select list, row by row; in the from
+-- clause each of them would first be copied as a whole. Arguments that are mostly null as a whole are indexed, not unnested:
+-- each unnested array costs time on every row. The plans are pinned to
 -- what fits any length and any ledger: hash joins between arrays, index scans on tables, nothing planned while a table was small.
 create or replace function wallet.apply_operations(
   p_wallet_uuids text[],
@@ -70,7 +70,7 @@ declare
   v_half int;
   v_lock_timeout text := current_setting('lock_timeout');
   v_now timestamptz;
-  v_step text; -- what the attempt is about, when it ends by an error
+  v_step text; -- what the attempt was doing when it failed
   v_halve boolean := false;
 
   v_last timestamptz;
@@ -272,7 +272,7 @@ begin
         v_step := 'halves';
         v_half := v_count / 2;
         if v_lock_timeout <> '0' then
-          perform set_config('lock_timeout', '1', true); -- what is here is locked, and what is not was waited for
+          perform set_config('lock_timeout', '1', true); -- wallets found are locked, the others were waited for
         end if;
 
         return query
@@ -639,7 +639,7 @@ end
 $$;
 
 comment on function wallet.apply_operations(text[], uuid[], text[], bigint[], text[], uuid[], timestamptz[], jsonb[], boolean, timestamptz) is
-  'Applies a batch of operations as apply_operation would one after another in the order given, and commits those that succeed together. '
+  'Applies a batch of operations as apply_operation would, one after another in the order given, in one transaction: the good ones stay, the others are refused. '
   'Arrays of one length, with the arguments of apply_operation; those that may be null may be null as a whole. Returns one row per request, in order: ordinal '
   '(from 1), sqlstate and message (null: applied), same_request (whether what is recorded under its operation_uuid is this request: true for an applied one; '
   'null where nothing is recorded), and the row of the applied operation, or of the recorded one where the '

@@ -41,4 +41,4 @@ end
 $$;
 
 comment on function wallet.apply_request(text, uuid, text, bigint, text, uuid, timestamptz, jsonb, timestamptz) is
-  'Internal: what apply_operation does, by way of apply_operations, where all is written that concerns holds.';
+  'Internal: what apply_operation does, by way of apply_operations, which alone handles holds.';

@@ -27,4 +27,4 @@ $$;
 
 comment on function wallet.argument_fault(text, uuid, text, bigint, text, uuid, timestamptz, jsonb) is
   'Internal: any_argument_fault, without a call for a deposit, withdrawal or transfer that is well formed and has no metadata and no hold. '
-  'Neither security definer nor pinned, so that it is inlined into its callers, which are.';
+  'No security definer and no search_path of its own, so that it is inlined into its callers, which have both.';

@@ -25,4 +25,4 @@ $$;
 
 comment on function wallet.fault_message(text) is
   'Internal: the message that goes with a SQLSTATE; REST clients see it as detail. '
-  'Neither security definer nor pinned, so that it is inlined into its callers, which are.';
+  'No security definer and no search_path of its own, so that it is inlined into its callers, which have both.';

@@ -32,5 +32,5 @@ end
 $$;
 
 comment on function wallet.get_operation(text, uuid) is
-  'Returns the row of an operation applied to this wallet; for the payee of a transfer that is its RECEIVE, under a hold''s name the HOLD. '
+  'Returns the row of an operation applied to this wallet; for the payee of a transfer that is its RECEIVE, for a hold''s uuid its HOLD, not its EXPIRE. '
   'Raises WA400 (null, or bad wallet name), WA404 (no such wallet), WA414 (this wallet has no such operation).';

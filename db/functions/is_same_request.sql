@@ -20,4 +20,4 @@ $$;
 
 comment on function wallet.is_same_request(wallet.operation, text, bigint, text, uuid, timestamptz, jsonb) is
   'Internal: whether an operation on record is what this request asks for. '
-  'Neither security definer nor pinned, so that it is inlined into its callers, which are.';
+  'No security definer and no search_path of its own, so that it is inlined into its callers, which have both.';

@@ -10,4 +10,4 @@ $$;
 
 comment on function wallet.name_fault(text) is
   'Internal: the message of WA400 for a wallet uuid that no wallet can have, else null. '
-  'Neither security definer nor pinned, so that it is inlined into its callers, which are.';
+  'No security definer and no search_path of its own, so that it is inlined into its callers, which have both.';

@@ -10,4 +10,4 @@ $$;
 
 comment on function wallet.names_fault(text, text) is
   'Internal: the message of WA400 for the names of an operation''s wallets, of which the second may be null; else null. '
-  'Neither security definer nor pinned, so that it is inlined into its callers, which are.';
+  'No security definer and no search_path of its own, so that it is inlined into its callers, which have both.';

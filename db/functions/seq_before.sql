@@ -1,5 +1,5 @@
 -- A wallet's created_at never goes back, so its history is in the order of time as well as of seq: a binary search, which
--- reads one row for each power of two in the length of the history. The newest row is looked at first, because most
+-- reads about log2(length) rows. The newest row is looked at first, because most
 -- moments that people ask for are after it or not long ago.
 create or replace function wallet.seq_before(p_wallet_uuid text, p_moment timestamptz, p_inclusive boolean default false)
 returns bigint

@@ -24,4 +24,4 @@ $$;
 comment on function wallet.state_fault(text, bigint, text, bigint, text, text, bigint, text) is
   'Internal: the SQLSTATE for an operation that the state of its wallets does not allow (the first of WA405, WA403, WA422, WA402, WA416), else null. '
   'p_balance: of a DEPOSIT the balance, of any other what the amount may be taken from. The payee''s state is null but for a TRANSFER. '
-  'Neither security definer nor pinned, so that it is inlined into its callers, which are.';
+  'No security definer and no search_path of its own, so that it is inlined into its callers, which have both.';

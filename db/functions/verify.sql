@@ -1,5 +1,5 @@
 -- One statement, so one snapshot: it may run beside any number of writers. What the constraints forbid is checked again,
--- since whoever can tamper with rows can drop constraints too: hence `is distinct from`, which sees nulls, and uniqueness.
+-- since whoever can tamper with rows can drop constraints too: hence the checks for nulls (`is distinct from`) and for duplicates.
 -- New balances are numeric, so that no forged row can overflow them.
 create or replace function wallet.verify()
 returns table (invariant text, wallet_uuid text, seq bigint, detail text)
