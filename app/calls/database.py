@@ -204,7 +204,7 @@ class Pool:
                 return connection
         return None
 
-    async def give_back(self) -> None:
+    async def close_idle(self) -> None:
         """Close connections that have been idle for IDLE seconds, until cancelled."""
         while True:
             await asyncio.sleep(IDLE / 2)
@@ -263,9 +263,9 @@ async def pool(app: web.Application) -> AsyncIterator[None]:
     settings = app[SETTINGS]
     assert settings.database_url is not None
     app[POOL] = Pool(settings.database_url, settings.pool_size, settings.request_deadline, app[PARTIES])
-    giving_back = asyncio.create_task(app[POOL].give_back())
+    closing = asyncio.create_task(app[POOL].close_idle())
     yield
-    giving_back.cancel()
+    closing.cancel()
     app[POOL].close()
 
 

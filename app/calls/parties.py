@@ -200,7 +200,8 @@ class ByTurns(Generic[T]):
 class Places:
     """Places that are lent by turns: a semaphore, fair between parties by the time for which each has had one.
 
-    That is less than a millisecond as a rule, and uvloop's clock is no finer. `most`: how many a party may have now.
+    By time.perf_counter(): it is mostly under a millisecond, too short for uvloop's clock. `most`: how many a party may
+    have now.
     """
 
     def __init__(self, number: int, most: Callable[[], int] | None = None) -> None:
