@@ -313,9 +313,9 @@ def alone(bench: Bench, report: Report, seconds: int) -> None:
     )
 
 
-def floods(bench: Bench, report: Report, seconds: int) -> None:
-    """Measure a client alone, and beside another key's flood."""
-    for flood in fairness.FLOODS:
+def floods(bench: Bench, report: Report, seconds: int, kinds: int) -> None:
+    """Measure a client alone, and beside another key's flood, of so many kinds."""
+    for flood in list(fairness.FLOODS)[:kinds]:
         for quiet, size in fairness.QUIET.items():
             alone, beside = fairness_names(flood, quiet)
             if not report.leaves_out(beside):
@@ -587,7 +587,7 @@ def environment(bench: Bench) -> dict[str, object]:
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
-    parser.add_argument("--short", action="store_true", help="four minutes instead of forty-five; writes no files")
+    parser.add_argument("--short", action="store_true", help="three minutes instead of forty-five; writes no files")
     parser.add_argument("--only", default="", metavar="TEXT", help="loads with this in their names; writes no files")
     parser.add_argument("--pgledger", nargs="+", type=Path, default=[], metavar="FILE", help="its SQL, to compare with")
     parser.add_argument("--before", type=Path, metavar="CHECKOUT", help="measure another checkout beside this one only")
@@ -605,7 +605,7 @@ def main() -> None:
             return
         compared(bench, report, seconds, rounds, asked.pgledger)
         alone(bench, report, seconds)
-        floods(bench, report, 2 * seconds)
+        floods(bench, report, 2 * seconds, 1 if short else len(fairness.FLOODS))
         many_wallets(bench, report, seconds)
         under_snapshot(bench, report, snapshot)
         rest(bench, report, "REST one wallet, 256 connections, a minute", connections=256, seconds=2 if short else 60)
