@@ -46,23 +46,11 @@ class Parties:
 
         In company, requests come in by turns, a few at a time.
         """
-        if not self.enter_alone(party):
-            await self._enter_in_turn(party)
-
-    def enter_alone(self, party: str) -> bool:
-        """Count a request of a party until it leaves, if that needs no waiting, and tell whether it was done."""
         if party != self._last:
             if self._last:
                 self._changed = asyncio.get_running_loop().time()
             self._last = party
-        own = self._in_flight.get(party, 0)
-        if own >= self._limit or self.in_company():
-            return False
-        self._in_flight[party] = own + 1
-        return True
-
-    async def _enter_in_turn(self, party: str) -> None:
-        if self._in_flight.get(party, 0) >= self._limit:
+        if self._in_flight[party] >= self._limit:
             await asyncio.sleep(REFUSAL_PAUSE)
             await self._turn(party)
             raise Overloaded(f"This key has {self._limit} requests in flight already")

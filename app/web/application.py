@@ -109,8 +109,7 @@ def guarded(
         if not party:
             return await handler(request)
         parties = request.app[PARTIES]
-        if not parties.enter_alone(party):
-            await parties.enter(party)
+        await parties.enter(party)
         try:
             return await handler(request)
         finally:

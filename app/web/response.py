@@ -15,10 +15,9 @@ class WholeResponse(web.Response):
 
     async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
         """Write the response."""
-        body, is_plain = self._body, request.version == HttpVersion11 and request.keep_alive
-        if not is_plain or self._keep_alive is False or must_be_empty_body(request.method, self._status):
-            return await super().prepare(request)
-        if not isinstance(body, bytes):
+        body = self._body
+        is_plain = request.version == HttpVersion11 and request.keep_alive and self._keep_alive is not False
+        if not is_plain or must_be_empty_body(request.method, self._status) or not isinstance(body, bytes):
             return await super().prepare(request)
         writer, headers = request.writer, self._headers
         headers[hdrs.CONTENT_LENGTH] = str(len(body))
