@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import quote
 from uuid import UUID, uuid4
@@ -95,6 +96,17 @@ async def is_due(client: TestClient, wallet: str, held_then: int = 0) -> None:
     """Wait until no more than this is held."""
     while await held(client, wallet) > held_then:
         await asyncio.sleep(0.01)
+
+
+async def hold_for_a_moment(client: TestClient, *holds: Mapping[str, Any], seconds: float = 0.2) -> datetime:
+    """Make holds in one atomic request, and return when they are due: after so long, or as soon as is possible here."""
+    for patience in (1, 10, 100):
+        until = datetime.now(UTC) + timedelta(seconds=patience * seconds)
+        named = [{"operation_type": "HOLD", "expires_at": until.isoformat(), **hold} for hold in holds]
+        answer = await client.post("/api/v1/operations", json={"operations": named, "atomic": True})
+        if all(result["applied"] for result in (await answer.json())["results"]):
+            break
+    return until
 
 
 async def history(client: TestClient, wallet: str) -> list[dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Iterable
-from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
@@ -11,7 +10,7 @@ import pytest
 from aiohttp import ClientResponse
 from aiohttp.test_utils import TestClient
 
-from tests.api.door import apply, balance, create, held, is_due, path, problem, put
+from tests.api.door import apply, balance, create, held, hold_for_a_moment, is_due, path, problem, put
 from tests.cases import CASES, MESSAGES, PROBLEMS, Case, Request
 
 CODES = {"WA425": "not_applied"} | {sqlstate: code for sqlstate, (_, code) in PROBLEMS.items()}
@@ -55,12 +54,12 @@ async def is_refused(answer: ClientResponse, outcome: str, status: int | None = 
 async def set_up(client: TestClient, case: Case) -> dict[UUID, tuple[Request, Any]]:
     """Make what a case begins with; return its holds and how they are recorded, by name."""
     await create(client, case.wallets, case.currencies)
-    made = {}
-    until = datetime.now(UTC) + timedelta(milliseconds=200)
-    for request in [*case.holds, *(request._replace(expires_at=until) for request in case.due)]:
+    for request in case.holds:
         answer = await put(client, request.wallet, "HOLD", request.amount, request.operation, **terms_of(request))
         assert answer.status == 201
-        made[request.operation] = request, await answer.json()
+    until = await hold_for_a_moment(client, *map(item_of, case.due)) if case.due else None
+    holds = [*case.holds, *(request._replace(expires_at=until) for request in case.due)]
+    made = {request.operation: (request, await read(client, request)) for request in holds}
     for wallet in {request.wallet for request in case.due}:
         await is_due(client, wallet, held_before(case)[wallet])
     for wallet, status in case.statuses.items():

@@ -21,6 +21,7 @@ from tests.api.door import (
     held,
     history,
     hold,
+    hold_for_a_moment,
     is_due,
     path,
     problem,
@@ -46,10 +47,6 @@ async def at_once(*requests: Awaitable[ClientResponse]) -> Counter[tuple[int, st
         body = await answer.json(content_type=None)
         outcomes[answer.status, body["code"] if answer.status >= 400 else ""] += 1
     return outcomes
-
-
-def soon(seconds: float = 0.3) -> datetime:
-    return datetime.now(UTC) + timedelta(seconds=seconds)
 
 
 async def holds(client: TestClient, wallet: str, **query: int) -> Any:
@@ -169,11 +166,10 @@ async def test_the_holds_of_nobody_are_not_found(client: TestClient) -> None:
 
 async def test_from_its_expiry_on_a_hold_is_over_in_every_answer(client: TestClient) -> None:
     await create(client, {"w": 100, "v": 0})
-    until = soon()
-    asked = {"expires_at": until.isoformat()}
-    made = await (await put(client, "w", "HOLD", 60, X, **asked)).json()
     await hold(client, "w", 10, Y)
-    assert await held(client, "w") == 70
+    until = await hold_for_a_moment(client, {"wallet_uuid": "w", "operation_uuid": str(X), "amount": 60})
+    asked = {"expires_at": until.isoformat()}
+    made = await (await client.get(path("w", f"/operations/{X}"))).json()
 
     await is_due(client, "w", 10)
 
@@ -263,10 +259,9 @@ async def test_of_captures_and_releases_one_ends_the_hold(client: TestClient) ->
 
 async def test_a_capture_before_the_expiry_succeeds_and_one_after_it_does_not(client: TestClient) -> None:
     await create(client, {"w": 100})
-    until = soon(0.5)
     names = [uuid4() for _ in range(40)]
-    for name in names:
-        assert (await hold(client, "w", 1, name, expires_at=until.isoformat())).status == 200
+    asked = [{"wallet_uuid": "w", "operation_uuid": str(name), "amount": 1} for name in names]
+    until = await hold_for_a_moment(client, *asked, seconds=1)
 
     captured = Counter[tuple[int, str]]()
     for name in names:  # one after another, past the moment
@@ -277,7 +272,7 @@ async def test_a_capture_before_the_expiry_succeeds_and_one_after_it_does_not(cl
             assert datetime.fromisoformat(told["created_at"]) < until
         else:
             assert datetime.now(UTC) >= until
-        await asyncio.sleep(0.02)
+        await asyncio.sleep(0.05)
 
     assert captured.keys() == {(201, ""), CLOSED}
     assert await balance(client, "w") == 100 - captured[201, ""]
@@ -393,7 +388,7 @@ async def test_what_shares_a_call_with_a_bad_request_is_applied(client: TestClie
 
 async def test_money_that_comes_in_ends_what_is_due(client: TestClient) -> None:
     await create(client, {"w": 100})
-    await hold(client, "w", 60, X, expires_at=soon(0.1).isoformat())
+    await hold_for_a_moment(client, {"wallet_uuid": "w", "operation_uuid": str(X), "amount": 60})
     await is_due(client, "w")
 
     await deposit(client, "w", 1, C)

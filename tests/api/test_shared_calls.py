@@ -14,6 +14,7 @@ from aiohttp import ClientResponse
 from aiohttp.test_utils import TestClient
 from pytest_aiohttp.plugin import AiohttpClient
 
+from app.calls import line
 from app.calls.dispatch import SIDING, TROUBLE
 from app.calls.lane import Siding
 from app.calls.line import UNTRIED, Line, Outcome, Request, refused
@@ -56,6 +57,13 @@ def now() -> float:
 @pytest.fixture(autouse=True)
 def patience() -> None:
     """Calls wait for locked wallets as long as they do in service, and no longer."""
+
+
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls wait until the requests that shall share one are there, however slow this machine is."""
+    monkeypatch.setattr(line, "LOCK_SHARE", 1000)
+    monkeypatch.setattr(line, "LOCK_TIMEOUT", 3600)
 
 
 @pytest.fixture(autouse=True)
@@ -421,6 +429,7 @@ async def test_what_the_database_refuses_to_an_atomic_request_is_refused_to_all_
 # What the database refuses
 
 
+@pytest.mark.usefixtures("patient")
 @pytest.mark.parametrize(
     ("script", "amount", "message"),
     [
@@ -534,6 +543,7 @@ def test_what_was_left_out_of_a_call_puts_no_wallet_in_trouble() -> None:
     assert trouble.wallets == set()
 
 
+@pytest.mark.usefixtures("patient")
 async def test_a_refusal_of_the_database_hides_no_duplicate_of_the_others(
     client: TestClient, superuser: psycopg.Connection
 ) -> None:
@@ -577,6 +587,7 @@ async def test_a_value_that_cannot_be_sent_is_refused_to_its_own_request(
     await line.close()
 
 
+@pytest.mark.usefixtures("patient")
 @pytest.mark.parametrize("moment", ["20241-11-25 10:00:00+00", "infinity", "0044-03-15 10:00:00+00 BC"])
 async def test_a_time_that_python_does_not_know_is_passed_on(
     moment: str, client: TestClient, superuser: psycopg.Connection
