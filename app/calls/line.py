@@ -270,9 +270,10 @@ class Line:
             except (asyncpg.PostgresError, *NO_ANSWER) as error:
                 if isinstance(error, TimeoutError) and loop.time() >= last:
                     raise
-                sqlstate = getattr(error, "sqlstate", None) or "22000"
+                sqlstate = str(error.sqlstate) if isinstance(error, asyncpg.PostgresError) else ""
                 told = f"SQLSTATE {sqlstate}: {error}" if nothing_changed(error) else type(error).__name__
-                _log.warning("a call failed and is made again: %s", told, extra={"sqlstate": sqlstate})
+                extra = {"sqlstate": sqlstate} if sqlstate else {}
+                _log.warning("a call failed and is made again: %s", told, extra=extra)
                 self._clock = None  # 57014 may mean that the database's clock was set: read it again
                 if called and not is_passing(error):
                     if len(requests) > 1 and not atomic:

@@ -774,7 +774,7 @@ async def test_a_frozen_backend_that_goes_on_after_the_503_applies_nothing(
 
 
 async def test_a_call_that_was_given_up_does_not_hold_its_locks_for_long(
-    database_url: str, superuser: psycopg.Connection, aiohttp_client: AiohttpClient
+    database_url: str, superuser: psycopg.Connection, aiohttp_client: AiohttpClient, caplog: pytest.LogCaptureFixture
 ) -> None:
     settings = Settings(database_url=database_url, lanes=1, request_deadline=1)
     one, other = [await aiohttp_client(make_app(settings)) for _ in range(2)]
@@ -783,6 +783,8 @@ async def test_a_call_that_was_given_up_does_not_hold_its_locks_for_long(
     with locked(superuser, "w"):
         answers = await in_one_call(one, superuser, deposit(one, "a", 1), deposit(one, "w", 1))
         assert [answer.status for answer in answers] == [503, 503]
+        given_up = [record for record in caplog.records if "made again: TimeoutError" in record.getMessage()]
+        assert [hasattr(record, "sqlstate") for record in given_up] == [False]  # the database said nothing
         async with asyncio.timeout(1.5):
             while (await deposit(other, "a", 1, A)).status == 503:
                 pass

@@ -180,9 +180,14 @@ async def test_what_is_no_http_and_who_is_led_elsewhere_is_counted(client: TestC
 async def test_the_numbers_are_collected_once_a_second(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(app_metrics, "MAX_AGE", 0.5)
     await asyncio.sleep(0.5)  # what another test has collected is told no longer
-    first, began = await metrics(client), time.monotonic()
+    before = time.monotonic()
+    first, began, same = await metrics(client), time.monotonic(), list[bool]()
     while time.monotonic() < began + 0.2:
-        assert (await metrics(client)).text == first.text
+        again = await metrics(client)
+        if time.monotonic() < before + 0.5:  # else this machine was slow, and it may be the next collection
+            same.append(again.text == first.text)
+    assert same
+    assert all(same)
     await until(lambda: time.monotonic() > began + 0.6)
     assert (await metrics(client)).value("wallet_request_seconds_count", **METRICS_ASKED) > first.value(
         "wallet_request_seconds_count", **METRICS_ASKED
