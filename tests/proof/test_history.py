@@ -512,6 +512,6 @@ def test_a_hundred_thousand_operations_take_seconds() -> None:
         operation = asked(number, "DEPOSIT", 1, (sent, number + 100, APPLIED))
         forged.operations[operation.uuid] = operation
         changes.append((number, 1))
-    began = time.monotonic()
+    began = time.process_time()
     assert violations(forged, Books(rows(*changes), {"w": (100_000, 100_000)})) == {}
-    assert time.monotonic() - began < 20
+    assert time.process_time() - began < 20
