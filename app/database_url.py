@@ -156,4 +156,4 @@ def _what_is_wrong(url: str) -> str:
         return "is no URI that begins with postgresql://"
     if authority.startswith("["):
         return "has an IPv6 address in brackets, which dbmate does not read: write ?host=::1&port=5432"
-    return "is no URI of that kind; are special characters in its password percent-encoded?"
+    return "is not like postgresql://user:password@host:port/database; are special characters percent-encoded?"

@@ -1,7 +1,7 @@
 """Prometheus metrics. Labels are few and known beforehand: route templates, never a wallet's name.
 
-With several workers, prometheus-client shares the values through files in PROMETHEUS_MULTIPROC_DIR, which the
-supervisor sets before this module is imported.
+With several workers, prometheus-client shares the values through files in PROMETHEUS_MULTIPROC_DIR, which
+app/__main__.py sets before this module is imported.
 """
 
 import os

@@ -32,7 +32,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     host: str = "127.0.0.1"
     port: int = 8000
     allowed_hosts: str | None = None
-    """Names, separated by commas, under which clients may address the service beside its loopback ones.
+    """Names, separated by commas, under which clients may address the service besides loopback ones.
 
     None: any, unless the address to listen on is a loopback one."""
     access: str | None = None
@@ -42,7 +42,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     workers: int = 1
     """Processes that serve requests."""
     pool_size: int = 10
-    """Connections for reads, new wallets and statuses, at most, in each worker; those of the lanes are beside them."""
+    """Connections for reads, new wallets and statuses, at most, in each worker; beside those of the lanes."""
     lanes: int = 2
     """Lanes in each worker: how many calls it has in flight, beside those of bulk requests and of the siding."""
     lane_batch: int = 512
@@ -122,7 +122,7 @@ def from_environment(environment: Mapping[str, str] = os.environ) -> Settings:
 
 
 def access(settings: Settings) -> str:
-    """Return whether requests need keys: `open` or `keys`. Raises StartupError if a host off loopback has neither."""
+    """Return whether requests need keys: `open` or `keys`. Raises StartupError if that is not set off loopback."""
     if settings.access is None and not is_loopback(settings.host):
         raise StartupError(
             f"others can reach HOST {settings.host}: set ACCESS=keys (requests need a key: python -m app key create) "

@@ -112,14 +112,14 @@ COMMENT ON TABLE wallet.operation IS 'The ledger, and the state: one row per app
 -- Name: COLUMN operation.wallet_uuid; Type: COMMENT; Schema: wallet; Owner: -
 --
 
-COMMENT ON COLUMN wallet.operation.wallet_uuid IS 'The wallet whose balance changed.';
+COMMENT ON COLUMN wallet.operation.wallet_uuid IS 'The wallet that the operation was applied to.';
 
 
 --
 -- Name: COLUMN operation.operation_type; Type: COMMENT; Schema: wallet; Owner: -
 --
 
-COMMENT ON COLUMN wallet.operation.operation_type IS 'DEPOSIT adds the amount to the balance, WITHDRAW takes it off. TRANSFER takes it off here, and a RECEIVE of the counterparty, under the same operation_uuid, adds it there. HOLD holds the amount; one of WITHDRAW, TRANSFER, RELEASE and EXPIRE ends that, whole.';
+COMMENT ON COLUMN wallet.operation.operation_type IS 'DEPOSIT adds the amount to the balance, WITHDRAW takes it off. TRANSFER takes it off here, and a RECEIVE of the counterparty, under the same operation_uuid, adds it there. HOLD holds the amount; a WITHDRAW, TRANSFER, RELEASE or EXPIRE ends the whole hold, even if it takes only a part of it.';
 
 
 --
@@ -154,7 +154,7 @@ COMMENT ON COLUMN wallet.operation.balance_after IS 'Minor units: the wallet''s 
 -- Name: COLUMN operation.created_at; Type: COMMENT; Schema: wallet; Owner: -
 --
 
-COMMENT ON COLUMN wallet.operation.created_at IS 'When the operation was applied; never earlier than the wallet''s operation before it. The same in both rows of a transfer. Of an EXPIRE: when the hold was due. Order comes from seq.';
+COMMENT ON COLUMN wallet.operation.created_at IS 'When the operation was applied; never earlier than the wallet''s operation before it. The same in both rows of a transfer. Of an EXPIRE: when the hold expired. Order comes from seq.';
 
 
 --
@@ -344,7 +344,7 @@ $$;
 -- Name: FUNCTION apply_operation(p_wallet_uuid text, p_operation_uuid uuid, p_operation_type text, p_amount bigint, p_counterparty_uuid text, p_hold_uuid uuid, p_expires_at timestamp with time zone, p_metadata jsonb, p_not_after timestamp with time zone); Type: COMMENT; Schema: wallet; Owner: -
 --
 
-COMMENT ON FUNCTION wallet.apply_operation(p_wallet_uuid text, p_operation_uuid uuid, p_operation_type text, p_amount bigint, p_counterparty_uuid text, p_hold_uuid uuid, p_expires_at timestamp with time zone, p_metadata jsonb, p_not_after timestamp with time zone) IS 'Applies one operation exactly once and returns its row; for a transfer, the payer''s. p_operation_uuid: the caller''s name for the operation, not the nil UUID; p_operation_type: DEPOSIT, WITHDRAW, TRANSFER, HOLD or RELEASE; p_amount: minor units, 1 to 2^63-1, null for RELEASE; p_counterparty_uuid: the payee of a TRANSFER, else null; p_hold_uuid: the hold, that is the operation_uuid of a HOLD of this wallet, which a RELEASE ends, or from which a WITHDRAW or TRANSFER takes its amount (a capture: the hold ends, and what is left of it is available again); else null; p_expires_at: of a HOLD, from when on it counts no longer, in the years 1 to 9999, or null; p_metadata: an object of at most 2,048 octets as text ({} is null); p_not_after: the last moment of the call by the database''s clock. Raises, the first that applies: WA400 (bad argument), WA404 (no such wallet), WA409 (the operation exists, on whichever wallet), WA424 (this wallet has no such hold), WA410 (the hold is captured, released or expired, or a new HOLD''s p_expires_at has passed), WA405 (a wallet is closed), WA403 (the wallet is frozen), WA422 (the wallets'' currencies differ), WA402 (not enough money available; a capture of more than is held), WA416 (a balance would pass 2^63-1); under a lock_timeout also 55P03, after WA409 (another transaction keeps a wallet locked, or the operation_uuid in flight); 57014 (too late); 0A000 unless the transaction is read committed. A refused operation leaves nothing behind.';
+COMMENT ON FUNCTION wallet.apply_operation(p_wallet_uuid text, p_operation_uuid uuid, p_operation_type text, p_amount bigint, p_counterparty_uuid text, p_hold_uuid uuid, p_expires_at timestamp with time zone, p_metadata jsonb, p_not_after timestamp with time zone) IS 'Applies one operation exactly once and returns its row; for a transfer, the payer''s. p_operation_uuid: the caller''s name for the operation, not the nil UUID; p_operation_type: DEPOSIT, WITHDRAW, TRANSFER, HOLD or RELEASE; p_amount: minor units, 1 to 2^63-1, null for RELEASE; p_counterparty_uuid: the payee of a TRANSFER, else null; p_hold_uuid: the hold, that is the operation_uuid of a HOLD of this wallet, which a RELEASE ends, or from which a WITHDRAW or TRANSFER takes its amount (a capture: the hold ends, and what is left of it is available again); else null; p_expires_at: of a HOLD, from when on it counts no longer, in the years 1 to 9999, or null; p_metadata: an object of at most 2,048 octets as text ({} is null); p_not_after: the last moment of the call by the database''s clock. Raises, the first that applies: 0A000 (the transaction is not read committed), WA400 (bad argument), WA404 (no such wallet), WA409 (the operation exists, on whichever wallet), WA424 (this wallet has no such hold), WA410 (the hold is captured, released or expired, or a new HOLD''s p_expires_at has passed), WA405 (a wallet is closed), WA403 (the wallet is frozen), WA422 (the wallets'' currencies differ), WA402 (not enough money available; a capture of more than is held), WA416 (a balance would pass 2^63-1); under a lock_timeout also 55P03, after WA409 (another transaction keeps a wallet locked, or the operation_uuid in flight); 57014 (too late). A refused operation leaves nothing behind.';
 
 
 --
@@ -938,7 +938,7 @@ $$;
 -- Name: FUNCTION apply_operations(p_wallet_uuids text[], p_operation_uuids uuid[], p_operation_types text[], p_amounts bigint[], p_counterparty_uuids text[], p_hold_uuids uuid[], p_expires_at timestamp with time zone[], p_metadata jsonb[], p_atomic boolean, p_not_after timestamp with time zone); Type: COMMENT; Schema: wallet; Owner: -
 --
 
-COMMENT ON FUNCTION wallet.apply_operations(p_wallet_uuids text[], p_operation_uuids uuid[], p_operation_types text[], p_amounts bigint[], p_counterparty_uuids text[], p_hold_uuids uuid[], p_expires_at timestamp with time zone[], p_metadata jsonb[], p_atomic boolean, p_not_after timestamp with time zone) IS 'Applies a batch of operations as apply_operation would, one after another in the order given, in one transaction: the good ones stay, the others are refused. Arrays of one length, with the arguments of apply_operation; those that may be null may be null as a whole. Returns one row per request, in order: ordinal (from 1), sqlstate and message (null: applied), same_request (whether what is recorded under its operation_uuid is this request: true for an applied one; null where nothing is recorded), and the row of the applied operation, or of the recorded one where the sqlstate is WA409 and it belongs to the same wallet. Outcomes per request: WA400, WA404, WA409, WA424, WA410, WA405, WA403, WA422, WA402, WA416 as in apply_operation. Also, for requests that were not applied and may be asked again: 55P03, under a lock_timeout, after WA409 (another transaction keeps a wallet locked, or the operation_uuid in flight); and the SQLSTATE of whatever else the database refuses (a constraint, a trigger), its message in a WARNING. p_atomic: if any request is refused, none is applied, and the outcome of those that would have been is WA425. Raises WA400 only for the arrays themselves (null, different lengths, more than one dimension), 57014 (too late), 0A000 unless the transaction is read committed, and, without a lock_timeout, 40P01 (nothing was applied: ask again) where one of two batches that name the same operation_uuids is applied in parts, because the database refuses something in it or its clock was set back.';
+COMMENT ON FUNCTION wallet.apply_operations(p_wallet_uuids text[], p_operation_uuids uuid[], p_operation_types text[], p_amounts bigint[], p_counterparty_uuids text[], p_hold_uuids uuid[], p_expires_at timestamp with time zone[], p_metadata jsonb[], p_atomic boolean, p_not_after timestamp with time zone) IS 'Applies a batch of operations as apply_operation would, one after another in the order given, in one transaction: the good ones stay, the others are refused. Arrays of one length, with the arguments of apply_operation; those that may be null may be null as a whole. Returns one row per operation, in order: ordinal (from 1), sqlstate and message (null: applied), same_request (whether what is recorded under its operation_uuid is this request: true for an applied one; null where nothing is recorded), and the row of the applied operation, or of the recorded one where the sqlstate is WA409 and it belongs to the same wallet. Outcomes per operation: WA400, WA404, WA409, WA424, WA410, WA405, WA403, WA422, WA402, WA416 as in apply_operation. Also, for requests that were not applied and may be asked again: 55P03, under a lock_timeout, after WA409 (another transaction keeps a wallet locked, or the operation_uuid in flight); and the SQLSTATE of whatever else the database refuses (a constraint, a trigger), its message in a WARNING. p_atomic: if any operation is refused, none is applied, and the outcome of those that would have been is WA425. Raises WA400 only for the arrays themselves (null, different lengths, more than one dimension) and a null p_atomic, 57014 (too late), 0A000 unless the transaction is read committed, and, without a lock_timeout, 40P01 (nothing was applied: ask again) where one of two batches that name the same operation_uuids is applied in parts, because the database refuses something in it or its clock was set back.';
 
 
 --
@@ -1205,7 +1205,7 @@ CREATE VIEW wallet.balance AS
 -- Name: VIEW balance; Type: COMMENT; Schema: wallet; Owner: -
 --
 
-COMMENT ON VIEW wallet.balance IS 'One row per wallet: who it is and what its last operation says. balance, held, available: minor units, available = balance - held, where a hold that is due counts no longer; seq: the number of its operations; updated_at: the created_at of the last one, of the wallet where there is none.';
+COMMENT ON VIEW wallet.balance IS 'One row per wallet: who it is and what its last operation says. balance, held, available: minor units, available = balance - held, where an expired hold counts no longer; seq: the number of its operations; updated_at: the created_at of the last one, of the wallet where there is none.';
 
 
 --
@@ -1294,7 +1294,7 @@ $$;
 -- Name: FUNCTION expire_holds(p_wallet_uuid text, p_limit integer); Type: COMMENT; Schema: wallet; Owner: -
 --
 
-COMMENT ON FUNCTION wallet.expire_holds(p_wallet_uuid text, p_limit integer) IS 'Records an EXPIRE for a wallet''s holds that are due, at most p_limit (1 to 2^31-1), the earliest first, and returns how many. Never required: a hold that is due counts no longer, recorded or not, and the wallet''s next operation records it. Raises WA400 (null or bad name, limit out of range), WA404 (no such wallet), 0A000 (another isolation level than read committed); under a lock_timeout also 55P03.';
+COMMENT ON FUNCTION wallet.expire_holds(p_wallet_uuid text, p_limit integer) IS 'Records an EXPIRE for a wallet''s holds that have expired, at most p_limit (1 to 2^31-1), the earliest first, and returns how many. Never required: an expired hold counts no longer, recorded or not, and the wallet''s next operation records it. Raises WA400 (null or bad name, limit out of range), WA404 (no such wallet), 0A000 (another isolation level than read committed); under a lock_timeout also 55P03.';
 
 
 --
@@ -1424,7 +1424,7 @@ $$;
 -- Name: FUNCTION get_wallet(p_wallet_uuid text, p_at timestamp with time zone); Type: COMMENT; Schema: wallet; Owner: -
 --
 
-COMMENT ON FUNCTION wallet.get_wallet(p_wallet_uuid text, p_at timestamp with time zone) IS 'Returns the wallet''s row of wallet.balance: uuid, id, currency, status, balance, held and available in minor units, seq, created_at, updated_at. A hold that is due is no longer held, whether its EXPIRE is recorded or not. p_at: a moment; balance, held, available, seq and updated_at are then those after the last operation at or before it (balance 0 and seq 0 before the first), less the holds due by then; currency and status are always today''s. Null: now. Raises WA400 (null or bad name), WA404 (no such wallet).';
+COMMENT ON FUNCTION wallet.get_wallet(p_wallet_uuid text, p_at timestamp with time zone) IS 'Returns the wallet''s row of wallet.balance: uuid, id, currency, status, balance, held and available in minor units, seq, created_at, updated_at. An expired hold is no longer held, whether its EXPIRE is recorded or not. p_at: a moment; balance, held, available, seq and updated_at are then those after the last operation at or before it (balance 0 and seq 0 before the first), and held without the holds that had expired by then; currency and status are always today''s. Null: now. Raises WA400 (null or bad name), WA404 (no such wallet).';
 
 
 --
@@ -1470,7 +1470,7 @@ CREATE TABLE wallet.hold (
 -- Name: TABLE hold; Type: COMMENT; Schema: wallet; Owner: -
 --
 
-COMMENT ON TABLE wallet.hold IS 'The open holds, and nothing else: the HOLDs of the ledger that no capture, RELEASE or EXPIRE has ended. One that is due stays here until its EXPIRE is recorded, and counts no longer.';
+COMMENT ON TABLE wallet.hold IS 'The HOLDs of the ledger that no capture, RELEASE or EXPIRE has ended yet, and nothing else. An expired one stays here until its EXPIRE is recorded; to callers it is closed.';
 
 
 --
@@ -1505,7 +1505,7 @@ COMMENT ON COLUMN wallet.hold.amount IS 'Minor units, 1 to 2^63-1.';
 -- Name: COLUMN hold.expires_at; Type: COMMENT; Schema: wallet; Owner: -
 --
 
-COMMENT ON COLUMN wallet.hold.expires_at IS 'From when on it is due: it counts no longer and cannot be captured. Null: never.';
+COMMENT ON COLUMN wallet.hold.expires_at IS 'From this moment on it counts no longer and cannot be captured. Null: never.';
 
 
 --
@@ -1551,7 +1551,7 @@ $$;
 -- Name: FUNCTION list_holds(p_wallet_uuid text, p_after_seq bigint, p_limit integer); Type: COMMENT; Schema: wallet; Owner: -
 --
 
-COMMENT ON FUNCTION wallet.list_holds(p_wallet_uuid text, p_after_seq bigint, p_limit integer) IS 'Returns a wallet''s open holds that are not due, oldest first: at most p_limit (1 to 1000) with a seq above p_after_seq (null: from the oldest). The next page starts after the last row''s seq; after a page with fewer than p_limit rows there is none. Raises WA400 (null or bad name, limit or seq out of range), WA404 (no such wallet).';
+COMMENT ON FUNCTION wallet.list_holds(p_wallet_uuid text, p_after_seq bigint, p_limit integer) IS 'Returns a wallet''s open holds that have not expired, oldest first: at most p_limit (1 to 1000) with a seq above p_after_seq (null: from the oldest). The next page starts after the last row''s seq; after a page with fewer than p_limit rows there is none. Raises WA400 (null or bad name, limit or seq out of range), WA404 (no such wallet).';
 
 
 --

@@ -381,7 +381,7 @@ async def get_balance(pool: Pool, wallet_uuid: str, at: datetime | None = None) 
 
 
 async def list_wallets(pool: Pool, after: str | None, limit: int, prefix: str | None) -> tuple[list[Balance], bool]:
-    """Return wallets whose names begin with a prefix by name, after a name, and whether there are more."""
+    """Return, by name, the wallets that begin with a prefix and come after a name, and whether there are more."""
     query = f"select {_BALANCE} from wallet.list_wallets($1, $2, $3)"
     async with asyncio.timeout_at(deadline_of(pool.deadline)):
         wallets = [balance_of(row[0]) for row in await pool.fetch(query, after, limit, prefix)]

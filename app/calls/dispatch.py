@@ -19,9 +19,9 @@ BULK_LINES = 2
 SIDING_LINES = 1
 """Connections for wallets in trouble in each worker."""
 BULK_PATIENCE = 2
-"""How many times as long as other calls a bulk call waits for locks: it may wait for another bulk call."""
+"""A bulk call waits so many times as long as others for locks: it may wait for another bulk call."""
 SIDING_PATIENCE = 2.5
-"""How many times as long as other calls one of the siding waits for a lock: long calls may keep a wallet."""
+"""A call of the siding waits so many times as long as others for a lock: long calls may keep a wallet locked."""
 SIDING_SHARE = 100
 """Parts, with no wallet in common, in which a bulk request may wait on the siding; the rest is 55P03 at once."""
 BULK_HEADROOM = 2 * HEADROOM

@@ -12,8 +12,8 @@ once it carries as much, or after a moment. An atomic one goes alone.
 
 A wallet that somebody keeps locked delays the call that meets it by a lock_timeout, and one to which the database
 refuses something has its call made again in parts. From then on its requests wait on the siding, and one of them at a
-time is tried in a call apart from the lanes, until one is applied or refused by the rules of the contract. A transfer
-goes there if either of its wallets is in trouble.
+time is tried in a call apart from the lanes, until an outcome shows that the wallet is unlocked or, where the database
+refused something, until one is applied. A transfer goes there if either of its wallets is in trouble.
 """
 
 import asyncio
@@ -44,7 +44,8 @@ With less, after a long outage, the oldest request of each call would end it too
 COMPANY_SHARE = 32
 """The divisor of a call's size while several keys are active.
 
-All that is in a call is answered at once, and all who were answered ask again at once: others wait for as long.
+All requests of a call are answered together, and their clients ask again together: the larger it is, the longer others
+wait.
 """
 SHORT = 100
 """Operations of a call that is over soon."""
@@ -300,7 +301,7 @@ class Lane:
 
 
 class Siding(Lane):
-    """The lane for wallets that are in trouble. For each of them, one call takes the requests of a single client.
+    """The lane for wallets that are in trouble. A call takes, for each of them, the requests of one client only.
 
     A request for such a wallet delays the others in its call. Requests that were tried go behind those that were not:
     a transfer that waits for a locked wallet must not keep its other wallet from showing that it is free.
@@ -313,8 +314,8 @@ class Siding(Lane):
     async def apply_apart(self, requests: Sequence[Request], until: float) -> list[Outcome]:
         """Apply a client's requests, trying again what is locked, and return their outcomes in order.
 
-        What stayed locked up to the deadline (on the loop's clock) is 55P03, or the SQLSTATE last refused to its
-        wallet. Raises TimeoutError if the outcome is unknown at the deadline.
+        What stayed locked up to the deadline (on the loop's clock) is 55P03, or the SQLSTATE with which the database
+        last refused something to its wallet. Raises TimeoutError if the outcome is unknown at the deadline.
         """
         outcomes = [UNTRIED] * len(requests)
         tried = 0.0
@@ -334,8 +335,9 @@ class Siding(Lane):
     ) -> list[Outcome]:
         """Apply an atomic request, trying again while any of its wallets is locked; `outcomes` of an attempt before.
 
-        If the deadline comes before a try that met no lock, what was locked is 55P03, or the SQLSTATE last refused to
-        one of its wallets. Raises TimeoutError if the outcome is unknown at the deadline, and Overloaded.
+        If the deadline comes before a try that met no lock, what was locked is 55P03, or the SQLSTATE with which the
+        database last refused something to one of its wallets. Raises TimeoutError if the outcome is unknown at the
+        deadline, and Overloaded.
         """
         outcomes = outcomes or [UNTRIED] * len(requests)
         tried = 0.0

@@ -33,7 +33,7 @@ LOCK_TIMEOUT = 0.2
 LOCK_SHARE = 0.03
 """The part of a deadline that this takes, at most."""
 LEAST_ATTEMPT = 0.2
-"""The part of a deadline that a first attempt has, if so much is left: it has to wait for locks, too."""
+"""The part of a deadline that a first attempt has at least, if so much is left: it has to wait for locks, too."""
 PART_PAUSE = 0.02
 """Seconds of the pause between two parts of a call, at most; else it is as long as the last part took."""
 CLOCK_AGE = 5.0
@@ -198,7 +198,7 @@ class Line:
     ) -> list[Outcome]:
         """Apply requests, and return their outcomes in order once they are committed.
 
-        `most`: operations in one call; more go in several, unless atomic.
+        `most`: operations in one part; more go in several, unless atomic.
 
         Tries until the database gives a definite answer. Raises TimeoutError at `last` (on the loop's clock), or up to
         LEAD of a deadline later, while the abandoned backend is ended: the outcome is then unknown. `again`: the

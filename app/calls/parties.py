@@ -1,6 +1,6 @@
-"""Parties: who asks. What all of them share is shared out between them, so that one's flood delays nobody else.
+"""Parties: who asks. What all of them share is shared out between them, so that one's flood delays mainly itself.
 
-A party is the name of the key that a request carries; "" where there are no keys, and then nothing here bounds it.
+A party is the name of the key that a request carries; "" where there are no keys: then only common limits bound it.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ T = TypeVar("T")
 PARTY: ContextVar[str] = ContextVar("party", default="")
 """The party of the request that is being answered."""
 COMPANY = 10.0
-"""Seconds for which parties are in company after a request of another party than the one before."""
+"""Seconds for which parties are in company after a request whose party is not that of the request before it."""
 PORTION = 8
 """Requests let in together in company, at most: whatever else is due waits for all of them."""
 REST_FACTOR = 0.5
@@ -68,7 +68,7 @@ class Parties:
             del self._in_flight[party]
 
     def in_company(self) -> bool:
-        """Tell whether a request of another party than the one before came within the last COMPANY seconds."""
+        """Tell whether in the last COMPANY seconds a request came from another party than the request before it."""
         return bool(self._changed) and asyncio.get_running_loop().time() - self._changed < COMPANY
 
     async def _turn(self, party: str) -> None:
@@ -212,7 +212,7 @@ class Places:
             self.give_back(began)
 
     async def take(self, since: float | None = None) -> float:
-        """Take a place and return from when on it is had, by time.perf_counter(). It has to be given back.
+        """Take a place and return when it was taken, by time.perf_counter(). It has to be given back.
 
         `since`: from when on it counts as asked for, on the loop's clock; None: from now on.
         """

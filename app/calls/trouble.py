@@ -8,7 +8,7 @@ from app.metrics import WALLETS_APART
 LIMIT = 10_000
 """Wallets that are known to be in trouble, at most."""
 _SAY_NOTHING = (None, "WA400", "WA404", "WA409")
-"""Outcomes that say nothing of a wallet now: applied perhaps by a lost call, or refused perhaps without a lock."""
+"""Outcomes that say nothing of a wallet now: a lost call may have applied it, or it was refused without a lock."""
 
 
 class Trouble:
@@ -35,7 +35,7 @@ class Trouble:
         """Note how the wallets of a call fared.
 
         A failed transfer doesn't show which of its wallets was the cause. One that the same call shows to be well isn't
-        suspected; nor are both if one is in such trouble already.
+        suspected; and if one is in such trouble already, the other isn't either.
         """
         fared = list(zip(requests, outcomes, strict=True))
         failed = [(request, outcome) for request, outcome in fared if not (outcome.is_ours() or outcome is UNTRIED)]

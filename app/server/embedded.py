@@ -153,7 +153,7 @@ class Postgres:
         assert self._folder is not None
         home = os.fstat(self._folder)
         if home.st_uid == 0 and home.st_mode & (stat.S_IWOTH | (stat.S_IWGRP if home.st_gid else 0)):
-            raise StartupError(f"others than root can write in the data folder {self.home}: chmod go-w it")
+            raise StartupError(f"users other than root can write in the data folder {self.home}: chmod go-w it")
         try:
             cluster = self._open_folder(self.data.name)
         except FileNotFoundError:
@@ -367,7 +367,7 @@ def _hand_over(folder: int, path: Path) -> None:
         for name in (*files, *folders):
             found = os.stat(name, dir_fd=held, follow_symlinks=False)
             if not stat.S_ISDIR(found.st_mode) and found.st_nlink > 1:
-                raise StartupError(f"{name} in {path} is a hard link: make a copy of its own of it")
+                raise StartupError(f"{name} in {path} has more than one hard link: replace it by a copy")
             os.chown(name, NOBODY, NOBODY, dir_fd=held, follow_symlinks=False)
     os.fchown(folder, NOBODY, NOBODY)
 

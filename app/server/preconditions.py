@@ -7,11 +7,11 @@ import asyncpg
 
 from app.calls.database import connect, is_migrated, is_writable
 from app.calls.dispatch import BULK_LINES, SIDING_LINES
-from app.calls.session import CONNECT_TIMEOUT, open_session
+from app.calls.session import open_session
 from app.settings import Settings, StartupError
 
 ATTEMPTS = 3
-"""Looks for a pooler: one look may miss it, where it has few backends and lends the same one again."""
+"""How often a pooler is looked for: one look may miss it, where it has few backends and lends the same one again."""
 TIMEOUT = 5.0
 """Seconds that the database has to answer all of it."""
 
@@ -45,7 +45,7 @@ async def reach(settings: Settings) -> Any:
     try:
         return await connect(settings.database_url, settings.request_deadline)
     except TimeoutError:
-        raise StartupError(f"cannot reach the database: no answer within {CONNECT_TIMEOUT:g} seconds") from None
+        raise StartupError("cannot reach the database: it did not answer in time") from None
     except asyncpg.TargetServerAttributeNotMatched:
         raise StartupError("none of the hosts in DATABASE_URL takes writes") from None
     except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:

@@ -209,8 +209,8 @@ def work(settings: Settings, listening: socket.socket, supervisor: int) -> None:
 def spare_the_collector() -> None:
     """Let the cyclic garbage collector pass over what start-up made, and look less often: requests leave few cycles.
 
-    It looks at what is new twice, and at the rest as seldom as with 20 and 50, which had it stop everybody for 90 ms
-    where large requests had 200,000 objects in flight.
+    What is new is looked at twice. The rest is looked at as rarely as with thresholds of 20 and 50, which stopped the
+    process for 90 ms at a time while large requests held 200,000 objects.
     """
     gc.freeze()
     gc.set_threshold(10_000, 1, 500)

@@ -96,7 +96,7 @@ def guarded(
 ) -> Handler:
     """Return a handler that checks a request's head before it calls this one.
 
-    The contract's order is the protocol, the route, the origin, the key, the form. The body comes later.
+    The order is: protocol, route, origin, key, then encoding, expectation and query. The body comes later.
     """
     has_query = handler in (handlers.list_operations, handlers.list_holds, handlers.list_wallets, handlers.get_balance)
 

@@ -112,7 +112,7 @@ async def receive_body(request: web.Request, limit: int) -> Body:
         _forget(error)
         raise invalid(["body"], "the body is incomplete") from None
     except TimeoutError:
-        raise Problem(408, "request_timeout", f"The body did not arrive within {BODY_TIMEOUT:g} seconds") from None
+        raise Problem(408, "request_timeout", _too_slow()) from None
     with contextlib.ExitStack() as stack:
         stack.push(received)
         await check_again(request)
@@ -120,11 +120,15 @@ async def receive_body(request: web.Request, limit: int) -> Body:
     return received
 
 
+def _too_slow() -> str:
+    return f"The body was too slow: it may pause for {BODY_TIMEOUT:g} seconds, and needs {BODY_RATE} bytes a second"
+
+
 def check_content_type(request: web.Request) -> None:
     """Take what is declared as JSON (in UTF-8: RFC 8259, section 8.1).
 
     A web page of another origin can send a body without a type, or as a form or as text, but not as JSON, without
-    asking the browser to ask first (Fetch, section 2.2.2: CORS-safelisted request-header).
+    its browser asking the service first (a CORS preflight: Fetch, section 2.2.2: CORS-safelisted request-header).
     """
     declared = request.headers.get(hdrs.CONTENT_TYPE)
     if declared == JSON:  # as nearly always

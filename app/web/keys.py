@@ -221,7 +221,7 @@ def permit_operations(request: web.Request, operations: Sequence[Request]) -> No
 
 
 def unknown() -> Problem:
-    """Return the 401 for a key that is none, or none any more."""
+    """Return the 401 for a key that is unknown, expired or revoked."""
     return unauthorized("The key is unknown, expired or revoked", error="invalid_token")
 
 

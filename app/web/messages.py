@@ -1,5 +1,6 @@
 """What goes over the wire: requests decoded by type, answers encoded by type, nothing untyped in between."""
 
+import contextlib
 import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -29,6 +30,8 @@ METADATA_LIMIT = 2048
 """Octets of metadata, at most, as SQL shows it."""
 NO_METADATA = '"none"'
 """Stands for metadata that jsonb cannot hold: SQL refuses it, as it is no object, to this request alone."""
+LONG_METADATA = '{"": "' + "x" * METADATA_LIMIT + '"}'
+"""Stands for an object that is longer than METADATA_LIMIT, by however much: SQL refuses it for that."""
 
 T = TypeVar("T")
 Q = TypeVar("Q", bound="NoQuery")
@@ -278,26 +281,30 @@ def metadata_text(metadata: dict[str, Raw] | None) -> str | None:
     """Return metadata for SQL, which decides whether it is good: None for null and for an empty one.
 
     What jsonb cannot hold at all (section 8.14 of PostgreSQL's manual) is not sent: it would fail everything that
-    shares the call.
+    shares the call. Nor is what is too long, which may be megabytes. Something stands for it that SQL refuses.
     """
     if not metadata:
         return None
     text = msgspec.json.encode(metadata)
     try:
         shortest = msgspec.json.encode(_metadata(text))
-        if len(shortest) <= METADATA_LIMIT and not _has_nul(text):
+        if len(shortest) > METADATA_LIMIT:
+            return LONG_METADATA
+        if not _has_nul(text):
             return text.decode()
-    except (msgspec.DecodeError, ArithmeticError, RecursionError, UnicodeDecodeError):
+    except msgspec.ValidationError:  # an integer of more than 4,300 digits
+        return LONG_METADATA
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
         pass
     return NO_METADATA
 
 
-def _short_number(text: str) -> int:
-    """Return a stand-in for a number. Raises ValueError if jsonb would write it too long."""
-    number = Decimal(text)
-    if abs(number.adjusted()) > METADATA_LIMIT:
-        raise ValueError("a number is too long")
-    return 0
+def _short_number(text: str) -> int | str:
+    """Return a stand-in for a number that is no longer than what jsonb makes of it: it writes out exponents."""
+    with contextlib.suppress(ArithmeticError):  # Decimal knows no exponent of 20 digits
+        if abs(Decimal(text).adjusted()) <= METADATA_LIMIT:
+            return 0
+    return LONG_METADATA
 
 
 _metadata = msgspec.json.Decoder(float_hook=_short_number).decode

@@ -166,9 +166,9 @@ comment on function wallet.apply_operation(text, uuid, text, bigint, text, uuid,
   'else null; p_hold_uuid: the hold, that is the operation_uuid of a HOLD of this wallet, which a RELEASE ends, or from which a WITHDRAW or TRANSFER takes its amount '
   '(a capture: the hold ends, and what is left of it is available again); else null; p_expires_at: of a HOLD, from when on it counts no longer, '
   'in the years 1 to 9999, or null; p_metadata: an object of at most 2,048 octets as text ({} is null); p_not_after: the last moment of the call by the database''s clock. '
-  'Raises, the first that applies: WA400 (bad argument), WA404 (no such wallet), WA409 (the operation exists, on whichever wallet), '
+  'Raises, the first that applies: 0A000 (the transaction is not read committed), WA400 (bad argument), WA404 (no such wallet), WA409 (the operation exists, on whichever wallet), '
   'WA424 (this wallet has no such hold), WA410 (the hold is captured, released or expired, or a new HOLD''s p_expires_at has passed), '
   'WA405 (a wallet is closed), WA403 (the wallet is frozen), WA422 (the wallets'' currencies differ), WA402 (not enough money available; a capture of more than is held), '
   'WA416 (a balance would pass 2^63-1); under a lock_timeout also 55P03, after WA409 (another transaction keeps '
-  'a wallet locked, or the operation_uuid in flight); 57014 (too late); 0A000 unless the transaction is read committed. '
+  'a wallet locked, or the operation_uuid in flight); 57014 (too late). '
   'A refused operation leaves nothing behind.';

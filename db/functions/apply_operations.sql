@@ -640,13 +640,13 @@ $$;
 
 comment on function wallet.apply_operations(text[], uuid[], text[], bigint[], text[], uuid[], timestamptz[], jsonb[], boolean, timestamptz) is
   'Applies a batch of operations as apply_operation would, one after another in the order given, in one transaction: the good ones stay, the others are refused. '
-  'Arrays of one length, with the arguments of apply_operation; those that may be null may be null as a whole. Returns one row per request, in order: ordinal '
+  'Arrays of one length, with the arguments of apply_operation; those that may be null may be null as a whole. Returns one row per operation, in order: ordinal '
   '(from 1), sqlstate and message (null: applied), same_request (whether what is recorded under its operation_uuid is this request: true for an applied one; '
   'null where nothing is recorded), and the row of the applied operation, or of the recorded one where the '
-  'sqlstate is WA409 and it belongs to the same wallet. Outcomes per request: WA400, WA404, WA409, WA424, WA410, WA405, WA403, WA422, WA402, WA416 as in apply_operation. '
+  'sqlstate is WA409 and it belongs to the same wallet. Outcomes per operation: WA400, WA404, WA409, WA424, WA410, WA405, WA403, WA422, WA402, WA416 as in apply_operation. '
   'Also, for requests that were not applied and may be asked again: 55P03, under a lock_timeout, after WA409 (another transaction keeps a wallet '
   'locked, or the operation_uuid in flight); and the SQLSTATE of whatever else the database refuses (a constraint, a trigger), its message in a WARNING. '
-  'p_atomic: if any request is refused, none is applied, and the outcome of those that would have been is WA425. '
-  'Raises WA400 only for the arrays themselves (null, different lengths, more than one dimension), 57014 (too late), 0A000 unless the transaction is read committed, '
+  'p_atomic: if any operation is refused, none is applied, and the outcome of those that would have been is WA425. '
+  'Raises WA400 only for the arrays themselves (null, different lengths, more than one dimension) and a null p_atomic, 57014 (too late), 0A000 unless the transaction is read committed, '
   'and, without a lock_timeout, 40P01 (nothing was applied: ask again) where one of two batches that name the same operation_uuids is applied in parts, '
   'because the database refuses something in it or its clock was set back.';

@@ -39,7 +39,7 @@ $$;
 
 comment on function wallet.get_wallet(text, timestamptz) is
   'Returns the wallet''s row of wallet.balance: uuid, id, currency, status, balance, held and available in minor units, seq, created_at, updated_at. '
-  'A hold that is due is no longer held, whether its EXPIRE is recorded or not. '
+  'An expired hold is no longer held, whether its EXPIRE is recorded or not. '
   'p_at: a moment; balance, held, available, seq and updated_at are then those after the last operation at or before it (balance 0 and seq 0 before '
-  'the first), less the holds due by then; currency and status are always today''s. Null: now. '
+  'the first), and held without the holds that had expired by then; currency and status are always today''s. Null: now. '
   'Raises WA400 (null or bad name), WA404 (no such wallet).';

@@ -27,6 +27,6 @@ end
 $$;
 
 comment on function wallet.list_holds(text, bigint, int) is
-  'Returns a wallet''s open holds that are not due, oldest first: at most p_limit (1 to 1000) with a seq above p_after_seq (null: from the oldest). '
+  'Returns a wallet''s open holds that have not expired, oldest first: at most p_limit (1 to 1000) with a seq above p_after_seq (null: from the oldest). '
   'The next page starts after the last row''s seq; after a page with fewer than p_limit rows there is none. '
   'Raises WA400 (null or bad name, limit or seq out of range), WA404 (no such wallet).';

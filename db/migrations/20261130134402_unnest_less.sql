@@ -3,6 +3,21 @@
 set local search_path = pg_catalog, pg_temp;
 set local role wallet_owner;
 
+-- By hand
+comment on column wallet.operation.wallet_uuid is
+  'The wallet that the operation was applied to.';
+comment on column wallet.operation.operation_type is
+  'DEPOSIT adds the amount to the balance, WITHDRAW takes it off. TRANSFER takes it off here, and a RECEIVE of the counterparty, under the same operation_uuid, adds it there. HOLD holds the amount; a WITHDRAW, TRANSFER, RELEASE or EXPIRE ends the whole hold, even if it takes only a part of it.';
+comment on column wallet.operation.created_at is
+  'When the operation was applied; never earlier than the wallet''s operation before it. The same in both rows of a transfer. Of an EXPIRE: when the hold expired. Order comes from seq.';
+comment on table wallet.hold is
+  'The HOLDs of the ledger that no capture, RELEASE or EXPIRE has ended yet, and nothing else. An expired one stays here until its EXPIRE is recorded; to callers it is closed.';
+comment on column wallet.hold.expires_at is
+  'From this moment on it counts no longer and cannot be captured. Null: never.';
+comment on view wallet.balance is
+  'One row per wallet: who it is and what its last operation says. balance, held, available: minor units, available = balance - held, where an expired hold counts no longer; seq: the number of its operations; updated_at: the created_at of the last one, of the wallet where there is none.';
+-- Generated
+
 create or replace function wallet.any_argument_fault(
   p_wallet_uuid text,
   p_operation_uuid uuid,
@@ -218,11 +233,11 @@ comment on function wallet.apply_operation(text, uuid, text, bigint, text, uuid,
   'else null; p_hold_uuid: the hold, that is the operation_uuid of a HOLD of this wallet, which a RELEASE ends, or from which a WITHDRAW or TRANSFER takes its amount '
   '(a capture: the hold ends, and what is left of it is available again); else null; p_expires_at: of a HOLD, from when on it counts no longer, '
   'in the years 1 to 9999, or null; p_metadata: an object of at most 2,048 octets as text ({} is null); p_not_after: the last moment of the call by the database''s clock. '
-  'Raises, the first that applies: WA400 (bad argument), WA404 (no such wallet), WA409 (the operation exists, on whichever wallet), '
+  'Raises, the first that applies: 0A000 (the transaction is not read committed), WA400 (bad argument), WA404 (no such wallet), WA409 (the operation exists, on whichever wallet), '
   'WA424 (this wallet has no such hold), WA410 (the hold is captured, released or expired, or a new HOLD''s p_expires_at has passed), '
   'WA405 (a wallet is closed), WA403 (the wallet is frozen), WA422 (the wallets'' currencies differ), WA402 (not enough money available; a capture of more than is held), '
   'WA416 (a balance would pass 2^63-1); under a lock_timeout also 55P03, after WA409 (another transaction keeps '
-  'a wallet locked, or the operation_uuid in flight); 57014 (too late); 0A000 unless the transaction is read committed. '
+  'a wallet locked, or the operation_uuid in flight); 57014 (too late). '
   'A refused operation leaves nothing behind.';
 
 -- Every wallet of the batch is locked first, and then every insert goes in the order of operation_uuid: two batches that share
@@ -867,14 +882,14 @@ $$;
 
 comment on function wallet.apply_operations(text[], uuid[], text[], bigint[], text[], uuid[], timestamptz[], jsonb[], boolean, timestamptz) is
   'Applies a batch of operations as apply_operation would, one after another in the order given, in one transaction: the good ones stay, the others are refused. '
-  'Arrays of one length, with the arguments of apply_operation; those that may be null may be null as a whole. Returns one row per request, in order: ordinal '
+  'Arrays of one length, with the arguments of apply_operation; those that may be null may be null as a whole. Returns one row per operation, in order: ordinal '
   '(from 1), sqlstate and message (null: applied), same_request (whether what is recorded under its operation_uuid is this request: true for an applied one; '
   'null where nothing is recorded), and the row of the applied operation, or of the recorded one where the '
-  'sqlstate is WA409 and it belongs to the same wallet. Outcomes per request: WA400, WA404, WA409, WA424, WA410, WA405, WA403, WA422, WA402, WA416 as in apply_operation. '
+  'sqlstate is WA409 and it belongs to the same wallet. Outcomes per operation: WA400, WA404, WA409, WA424, WA410, WA405, WA403, WA422, WA402, WA416 as in apply_operation. '
   'Also, for requests that were not applied and may be asked again: 55P03, under a lock_timeout, after WA409 (another transaction keeps a wallet '
   'locked, or the operation_uuid in flight); and the SQLSTATE of whatever else the database refuses (a constraint, a trigger), its message in a WARNING. '
-  'p_atomic: if any request is refused, none is applied, and the outcome of those that would have been is WA425. '
-  'Raises WA400 only for the arrays themselves (null, different lengths, more than one dimension), 57014 (too late), 0A000 unless the transaction is read committed, '
+  'p_atomic: if any operation is refused, none is applied, and the outcome of those that would have been is WA425. '
+  'Raises WA400 only for the arrays themselves (null, different lengths, more than one dimension) and a null p_atomic, 57014 (too late), 0A000 unless the transaction is read committed, '
   'and, without a lock_timeout, 40P01 (nothing was applied: ask again) where one of two batches that name the same operation_uuids is applied in parts, '
   'because the database refuses something in it or its clock was set back.';
 
@@ -1033,6 +1048,41 @@ comment on function wallet.due_amount(text, timestamptz, timestamptz) is
   'Internal: minor units, how much of what a wallet''s last row holds has expired by p_until (null: now), with no EXPIRE recorded yet. p_from: the created_at of that row. '
   'The view wallet.balance calls it with the rights of whoever reads that.';
 
+create or replace function wallet.expire_holds(p_wallet_uuid text, p_limit int default 1000)
+returns int
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if current_setting('transaction_isolation') not in ('read committed', 'read uncommitted') then
+    perform wallet.raise_isolation_level();
+  elsif p_limit is null or p_limit < 1 then
+    raise sqlstate 'WA400' using message = 'limit must be from 1 to 2147483647';
+  end if;
+
+  begin
+    perform 1
+    from wallet.wallet as w
+    where w.uuid = p_wallet_uuid
+    for no key update;
+  exception when lock_not_available then
+    raise lock_not_available using message = wallet.fault_message('55P03');
+  end;
+
+  if not found then
+    perform wallet.raise_wallet_not_found(p_wallet_uuid);
+  end if;
+
+  return wallet.record_expiries(p_wallet_uuid, clock_timestamp(), p_limit);
+end
+$$;
+
+comment on function wallet.expire_holds(text, int) is
+  'Records an EXPIRE for a wallet''s holds that have expired, at most p_limit (1 to 2^31-1), the earliest first, and returns how many. '
+  'Never required: an expired hold counts no longer, recorded or not, and the wallet''s next operation records it. '
+  'Raises WA400 (null or bad name, limit out of range), WA404 (no such wallet), 0A000 (another isolation level than read committed); '
+  'under a lock_timeout also 55P03.';
+
 create or replace function wallet.fault_message(p_sqlstate text)
 returns text
 language sql immutable
@@ -1099,6 +1149,52 @@ comment on function wallet.get_operation(text, uuid) is
   'Returns the row of an operation applied to this wallet; for the payee of a transfer that is its RECEIVE, for a hold''s uuid its HOLD, not its EXPIRE. '
   'Raises WA400 (null, or bad wallet name), WA404 (no such wallet), WA414 (this wallet has no such operation).';
 
+create or replace function wallet.get_wallet(p_wallet_uuid text, p_at timestamptz default null)
+returns wallet.balance
+language plpgsql stable security definer
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set jit = off
+as $$
+declare
+  v_wallet wallet.balance;
+  v_then wallet.operation;
+begin
+  select b.* into v_wallet
+  from wallet.balance as b
+  where b.uuid = p_wallet_uuid;
+
+  if not found then
+    perform wallet.raise_wallet_not_found(p_wallet_uuid);
+  end if;
+
+  if v_wallet.seq > 0 and p_at is not null then
+    v_wallet.seq := wallet.seq_before(p_wallet_uuid, p_at, p_inclusive => true);
+
+    select o.* into v_then
+    from wallet.operation as o
+    where o.wallet_uuid = p_wallet_uuid and o.seq = v_wallet.seq;
+
+    v_wallet.balance := coalesce(v_then.balance_after, 0);
+    v_wallet.held := coalesce(v_then.held_after, 0);
+    if v_wallet.held > 0 then
+      v_wallet.held := v_wallet.held - wallet.due_amount(p_wallet_uuid, v_then.created_at, p_at);
+    end if;
+    v_wallet.available := v_wallet.balance - v_wallet.held;
+    v_wallet.updated_at := coalesce(v_then.created_at, v_wallet.created_at);
+  end if;
+
+  return v_wallet;
+end
+$$;
+
+comment on function wallet.get_wallet(text, timestamptz) is
+  'Returns the wallet''s row of wallet.balance: uuid, id, currency, status, balance, held and available in minor units, seq, created_at, updated_at. '
+  'An expired hold is no longer held, whether its EXPIRE is recorded or not. '
+  'p_at: a moment; balance, held, available, seq and updated_at are then those after the last operation at or before it (balance 0 and seq 0 before '
+  'the first), and held without the holds that had expired by then; currency and status are always today''s. Null: now. '
+  'Raises WA400 (null or bad name), WA404 (no such wallet).';
+
 create or replace function wallet.is_same_request(
   p_operation wallet.operation,
   p_operation_type text,
@@ -1122,6 +1218,39 @@ $$;
 comment on function wallet.is_same_request(wallet.operation, text, bigint, text, uuid, timestamptz, jsonb) is
   'Internal: whether an operation on record is what this request asks for. '
   'No security definer and no search_path of its own, so that it is inlined into its callers, which have both.';
+
+create or replace function wallet.list_holds(p_wallet_uuid text, p_after_seq bigint default null, p_limit int default 100)
+returns setof wallet.hold
+language plpgsql stable security definer
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set jit = off
+as $$
+declare
+  v_moment timestamptz;
+begin
+  if p_after_seq < 0 then
+    raise sqlstate 'WA400' using message = 'after_seq must be from 0 to 9223372036854775807';
+  elsif p_limit is null or p_limit not between 1 and 1000 then
+    raise sqlstate 'WA400' using message = 'limit must be from 1 to 1000';
+  end if;
+
+  v_moment := greatest(clock_timestamp(), (wallet.get_wallet(p_wallet_uuid)).updated_at);
+
+  return query
+  select h.*
+  from wallet.hold as h
+  where h.wallet_uuid = p_wallet_uuid and h.seq > coalesce(p_after_seq, 0) and h.seq > 0 -- as hold_seq_idx says
+    and (h.expires_at > v_moment) is not false
+  order by h.seq
+  limit p_limit;
+end
+$$;
+
+comment on function wallet.list_holds(text, bigint, int) is
+  'Returns a wallet''s open holds that have not expired, oldest first: at most p_limit (1 to 1000) with a seq above p_after_seq (null: from the oldest). '
+  'The next page starts after the last row''s seq; after a page with fewer than p_limit rows there is none. '
+  'Raises WA400 (null or bad name, limit or seq out of range), WA404 (no such wallet).';
 
 create or replace function wallet.name_fault(p_wallet_uuid text)
 returns text
@@ -1473,6 +1602,21 @@ reset search_path;
 
 set local search_path = pg_catalog, pg_temp;
 set local role wallet_owner;
+
+-- By hand
+comment on column wallet.operation.wallet_uuid is
+  'The wallet whose balance changed.';
+comment on column wallet.operation.operation_type is
+  'DEPOSIT adds the amount to the balance, WITHDRAW takes it off. TRANSFER takes it off here, and a RECEIVE of the counterparty, under the same operation_uuid, adds it there. HOLD holds the amount; one of WITHDRAW, TRANSFER, RELEASE and EXPIRE ends that, whole.';
+comment on column wallet.operation.created_at is
+  'When the operation was applied; never earlier than the wallet''s operation before it. The same in both rows of a transfer. Of an EXPIRE: when the hold was due. Order comes from seq.';
+comment on table wallet.hold is
+  'The open holds, and nothing else: the HOLDs of the ledger that no capture, RELEASE or EXPIRE has ended. One that is due stays here until its EXPIRE is recorded, and counts no longer.';
+comment on column wallet.hold.expires_at is
+  'From when on it is due: it counts no longer and cannot be captured. Null: never.';
+comment on view wallet.balance is
+  'One row per wallet: who it is and what its last operation says. balance, held, available: minor units, available = balance - held, where a hold that is due counts no longer; seq: the number of its operations; updated_at: the created_at of the last one, of the wallet where there is none.';
+-- Generated
 
 create or replace function wallet.any_argument_fault(
   p_wallet_uuid text,
@@ -2506,6 +2650,41 @@ comment on function wallet.due_amount(text, timestamptz, timestamptz) is
   'Internal: minor units, how much of what a wallet''s last row holds is due at a moment (null: now), though no EXPIRE says so yet. p_from: the created_at of that row. '
   'The view wallet.balance calls it with the rights of whoever reads that.';
 
+create or replace function wallet.expire_holds(p_wallet_uuid text, p_limit int default 1000)
+returns int
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if current_setting('transaction_isolation') not in ('read committed', 'read uncommitted') then
+    perform wallet.raise_isolation_level();
+  elsif p_limit is null or p_limit < 1 then
+    raise sqlstate 'WA400' using message = 'limit must be from 1 to 2147483647';
+  end if;
+
+  begin
+    perform 1
+    from wallet.wallet as w
+    where w.uuid = p_wallet_uuid
+    for no key update;
+  exception when lock_not_available then
+    raise lock_not_available using message = wallet.fault_message('55P03');
+  end;
+
+  if not found then
+    perform wallet.raise_wallet_not_found(p_wallet_uuid);
+  end if;
+
+  return wallet.record_expiries(p_wallet_uuid, clock_timestamp(), p_limit);
+end
+$$;
+
+comment on function wallet.expire_holds(text, int) is
+  'Records an EXPIRE for a wallet''s holds that are due, at most p_limit (1 to 2^31-1), the earliest first, and returns how many. '
+  'Never required: a hold that is due counts no longer, recorded or not, and the wallet''s next operation records it. '
+  'Raises WA400 (null or bad name, limit out of range), WA404 (no such wallet), 0A000 (another isolation level than read committed); '
+  'under a lock_timeout also 55P03.';
+
 create or replace function wallet.fault_message(p_sqlstate text)
 returns text
 language sql immutable
@@ -2572,6 +2751,52 @@ comment on function wallet.get_operation(text, uuid) is
   'Returns the row of an operation applied to this wallet; for the payee of a transfer that is its RECEIVE, under a hold''s name the HOLD. '
   'Raises WA400 (null, or bad wallet name), WA404 (no such wallet), WA414 (this wallet has no such operation).';
 
+create or replace function wallet.get_wallet(p_wallet_uuid text, p_at timestamptz default null)
+returns wallet.balance
+language plpgsql stable security definer
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set jit = off
+as $$
+declare
+  v_wallet wallet.balance;
+  v_then wallet.operation;
+begin
+  select b.* into v_wallet
+  from wallet.balance as b
+  where b.uuid = p_wallet_uuid;
+
+  if not found then
+    perform wallet.raise_wallet_not_found(p_wallet_uuid);
+  end if;
+
+  if v_wallet.seq > 0 and p_at is not null then
+    v_wallet.seq := wallet.seq_before(p_wallet_uuid, p_at, p_inclusive => true);
+
+    select o.* into v_then
+    from wallet.operation as o
+    where o.wallet_uuid = p_wallet_uuid and o.seq = v_wallet.seq;
+
+    v_wallet.balance := coalesce(v_then.balance_after, 0);
+    v_wallet.held := coalesce(v_then.held_after, 0);
+    if v_wallet.held > 0 then
+      v_wallet.held := v_wallet.held - wallet.due_amount(p_wallet_uuid, v_then.created_at, p_at);
+    end if;
+    v_wallet.available := v_wallet.balance - v_wallet.held;
+    v_wallet.updated_at := coalesce(v_then.created_at, v_wallet.created_at);
+  end if;
+
+  return v_wallet;
+end
+$$;
+
+comment on function wallet.get_wallet(text, timestamptz) is
+  'Returns the wallet''s row of wallet.balance: uuid, id, currency, status, balance, held and available in minor units, seq, created_at, updated_at. '
+  'A hold that is due is no longer held, whether its EXPIRE is recorded or not. '
+  'p_at: a moment; balance, held, available, seq and updated_at are then those after the last operation at or before it (balance 0 and seq 0 before '
+  'the first), less the holds due by then; currency and status are always today''s. Null: now. '
+  'Raises WA400 (null or bad name), WA404 (no such wallet).';
+
 create or replace function wallet.is_same_request(
   p_operation wallet.operation,
   p_operation_type text,
@@ -2595,6 +2820,39 @@ $$;
 comment on function wallet.is_same_request(wallet.operation, text, bigint, text, uuid, timestamptz, jsonb) is
   'Internal: whether an operation on record is what this request asks for. '
   'Neither security definer nor pinned, so that it is inlined into its callers, which are.';
+
+create or replace function wallet.list_holds(p_wallet_uuid text, p_after_seq bigint default null, p_limit int default 100)
+returns setof wallet.hold
+language plpgsql stable security definer
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set jit = off
+as $$
+declare
+  v_moment timestamptz;
+begin
+  if p_after_seq < 0 then
+    raise sqlstate 'WA400' using message = 'after_seq must be from 0 to 9223372036854775807';
+  elsif p_limit is null or p_limit not between 1 and 1000 then
+    raise sqlstate 'WA400' using message = 'limit must be from 1 to 1000';
+  end if;
+
+  v_moment := greatest(clock_timestamp(), (wallet.get_wallet(p_wallet_uuid)).updated_at);
+
+  return query
+  select h.*
+  from wallet.hold as h
+  where h.wallet_uuid = p_wallet_uuid and h.seq > coalesce(p_after_seq, 0) and h.seq > 0 -- as hold_seq_idx says
+    and (h.expires_at > v_moment) is not false
+  order by h.seq
+  limit p_limit;
+end
+$$;
+
+comment on function wallet.list_holds(text, bigint, int) is
+  'Returns a wallet''s open holds that are not due, oldest first: at most p_limit (1 to 1000) with a seq above p_after_seq (null: from the oldest). '
+  'The next page starts after the last row''s seq; after a page with fewer than p_limit rows there is none. '
+  'Raises WA400 (null or bad name, limit or seq out of range), WA404 (no such wallet).';
 
 create or replace function wallet.name_fault(p_wallet_uuid text)
 returns text

@@ -381,16 +381,26 @@ NO_METADATA = {
     "deep": b'{"a": ' + b"[" * 1020 + b"]" * 1020 + b"}",
     "5000_digits": b'{"a": ' + b"9" * 5000 + b"}",
 }
+LONG_METADATA = (
+    "too_long",
+    "too_long_written_short",
+    "huge_exponent",
+    "tiny_exponent",
+    "exponent_of_20_digits",
+    "5000_digits",
+)
 
 
 @pytest.mark.parametrize("metadata", NO_METADATA.values(), ids=NO_METADATA)
 async def test_metadata_that_jsonb_cannot_hold_is_refused_to_its_own_request(
     client: TestClient, metadata: bytes
 ) -> None:
-    await refuse(
+    (error,) = await refuse(
         client,
         b'{"operation_uuid": "%s", "operation_type": "DEPOSIT", "amount": 5, "metadata": %s}' % (A.encode(), metadata),
     )
+    is_long = metadata in [NO_METADATA[name] for name in LONG_METADATA]
+    assert (error["msg"] == "metadata must have at most 2048 octets as text") is is_long
     item = b'{"wallet_uuid": "%s", "operation_uuid": "%s", "operation_type": "WITHDRAW", "amount": %d, "metadata": %s}'
     body = b'{"operations": [%s, %s]}' % (item % (b"w", A.encode(), 1, metadata), item % (b"w", B.encode(), 101, b"{}"))
     answer = await client.post("/api/v1/operations", data=body, headers=JSON)
