@@ -191,6 +191,7 @@ def pgledger(bench: Bench, report: Report, files: list[Path], seconds: int) -> N
     name = "pgledger, 10000 accounts, 64 transfers a call, 2 clients"
     if not files or report.leaves_out(name):
         return
+    bench.execute("postgres", "drop database if exists peer with (force)")
     bench.execute("postgres", "create database peer")
     for file in files:
         bench.execute("peer", file.read_text())
