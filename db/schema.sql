@@ -2139,6 +2139,8 @@ COMMENT ON FUNCTION wallet.state_fault(p_operation_type text, p_amount bigint, p
 CREATE FUNCTION wallet.verify() RETURNS TABLE(invariant text, wallet_uuid text, seq bigint, detail text)
     LANGUAGE sql STABLE SECURITY DEFINER PARALLEL SAFE
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET enable_nestloop TO 'off'
+    SET jit TO 'off'
     AS $_$
   with history as materialized (
     select

@@ -531,3 +531,22 @@ def test_a_ledger_at_its_limits_is_in_order(service: psycopg.Connection) -> None
         transfer(service, "other", "full", uuid4(), MAX)
 
     assert call(service, "verify") == []
+
+
+def test_an_audit_of_many_holds_takes_seconds_whatever_the_statistics_say(
+    service: psycopg.Connection, superuser: psycopg.Connection
+) -> None:
+    """They are from before the first hold."""
+    superuser.execute("alter table wallet.operation set (autovacuum_enabled = false)")
+    superuser.execute("alter table wallet.hold set (autovacuum_enabled = false)")
+    create(service, {"w": 10_000})
+    apply_all(service, [deposit("w", uuid4(), 1) for _ in range(1000)])
+    superuser.execute("analyze wallet.operation")
+    holds = [uuid4() for _ in range(10_000)]
+    for requests in (
+        [hold("w", name, 1) for name in holds],
+        [withdraw("w", uuid4(), 1, hold=name) for name in holds[:9_000]],
+    ):
+        assert all(row.sqlstate is None for row in apply_all(service, requests))
+    superuser.execute("set statement_timeout = '10s'")  # a look at each hold for each end took half a minute
+    assert superuser.execute("select * from wallet.verify()").fetchall() == []
