@@ -300,7 +300,7 @@ def metadata_text(metadata: dict[str, Raw] | None) -> str | None:
 
 
 def _short_number(text: str) -> int | str:
-    """Return a stand-in for a number that is no longer than what jsonb makes of it: it writes out exponents."""
+    """Return a stand-in for a number: short, or too long if jsonb, which writes out exponents, makes it so."""
     with contextlib.suppress(ArithmeticError):  # Decimal knows no exponent of 20 digits
         if abs(Decimal(text).adjusted()) <= METADATA_LIMIT:
             return 0
