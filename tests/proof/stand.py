@@ -220,6 +220,14 @@ class Stand:
                     raise AssertionError(f"the service does not start: {self.log.read_text()[-500:]}")
                 await asyncio.sleep(0.02)
 
+    async def revive_service(self) -> None:
+        """Start the service unless it runs, and wait until it answers."""
+        async with asyncio.timeout(60):
+            while not await self._answers():
+                if not self.is_running():
+                    await self.start_service()
+                await asyncio.sleep(0.02)
+
     async def _answers(self) -> bool:
         with contextlib.suppress(Lost, TimeoutError), contextlib.closing(Connection(self.port, 5)) as connection:
             async with asyncio.timeout(0.2):
