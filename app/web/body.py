@@ -112,16 +112,13 @@ async def receive_body(request: web.Request, limit: int) -> Body:
         _forget(error)
         raise invalid(["body"], "the body is incomplete") from None
     except TimeoutError:
-        raise Problem(408, "request_timeout", _too_slow()) from None
+        told = f"The body was too slow: it may pause for {BODY_TIMEOUT:g} seconds, and needs {BODY_RATE} bytes a second"
+        raise Problem(408, "request_timeout", told) from None
     with contextlib.ExitStack() as stack:
         stack.push(received)
         await check_again(request)
         stack.pop_all()
     return received
-
-
-def _too_slow() -> str:
-    return f"The body was too slow: it may pause for {BODY_TIMEOUT:g} seconds, and needs {BODY_RATE} bytes a second"
 
 
 def check_content_type(request: web.Request) -> None:

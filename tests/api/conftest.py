@@ -18,11 +18,16 @@ from tests.conftest import url_of
 from tests.proxy import Postgres, Proxy
 
 
-@pytest.fixture(autouse=True)
-def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let calls wait for locked wallets past their deadline: most tests lock a wallet to keep a lane busy."""
     monkeypatch.setattr(line, "LOCK_SHARE", 1000)
     monkeypatch.setattr(line, "LOCK_TIMEOUT", 3600)
+
+
+@pytest.fixture(autouse=True)
+def patience(patient: None) -> None:
+    """All calls are patient, but in a module that has a fixture of this name."""
 
 
 @pytest.fixture

@@ -105,8 +105,8 @@ async def hold_for_a_moment(client: TestClient, *holds: Mapping[str, Any], secon
         named = [{"operation_type": "HOLD", "expires_at": until.isoformat(), **hold} for hold in holds]
         answer = await client.post("/api/v1/operations", json={"operations": named, "atomic": True})
         if all(result["applied"] for result in (await answer.json())["results"]):
-            break
-    return until
+            return until
+    raise AssertionError("no hold was made before it was due")
 
 
 async def history(client: TestClient, wallet: str) -> list[dict[str, Any]]:

@@ -167,7 +167,8 @@ async def test_the_holds_of_nobody_are_not_found(client: TestClient) -> None:
 async def test_from_its_expiry_on_a_hold_is_over_in_every_answer(client: TestClient) -> None:
     await create(client, {"w": 100, "v": 0})
     await hold(client, "w", 10, Y)
-    until = await hold_for_a_moment(client, {"wallet_uuid": "w", "operation_uuid": str(X), "amount": 60})
+    until = await hold_for_a_moment(client, {"wallet_uuid": "w", "operation_uuid": str(X), "amount": 60}, seconds=2)
+    assert await held(client, "w") == 70
     asked = {"expires_at": until.isoformat()}
     made = await (await client.get(path("w", f"/operations/{X}"))).json()
 

@@ -14,7 +14,6 @@ from aiohttp import ClientResponse
 from aiohttp.test_utils import TestClient
 from pytest_aiohttp.plugin import AiohttpClient
 
-from app.calls import line
 from app.calls.dispatch import SIDING, TROUBLE
 from app.calls.lane import Siding
 from app.calls.line import UNTRIED, Line, Outcome, Request, refused
@@ -56,14 +55,7 @@ def now() -> float:
 
 @pytest.fixture(autouse=True)
 def patience() -> None:
-    """Calls wait for locked wallets as long as they do in service, and no longer."""
-
-
-@pytest.fixture
-def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Calls wait until the requests that shall share one are there, however slow this machine is."""
-    monkeypatch.setattr(line, "LOCK_SHARE", 1000)
-    monkeypatch.setattr(line, "LOCK_TIMEOUT", 3600)
+    """Calls wait for locked wallets as long as they do in service, and no longer, but in tests that use `patient`."""
 
 
 @pytest.fixture(autouse=True)

@@ -229,7 +229,7 @@ def moving_money(bench: Bench, report: Report, seconds: int, files: list[Path]) 
             name = f"SQL transfers between 10000 wallets, {size} a call, {clients} clients"
             pgbench(bench, report, name, transfers(size), "funded", size=size, clients=clients, seconds=seconds)
         name = f"SQL 10000 wallets, {size} a call, 1 clients"
-        pgbench(bench, report, name, deposits(ANY, size), "template", size=size, clients=1, seconds=seconds)
+        sql(bench, report, name, size=size, clients=1, seconds=seconds, spread=True)
     pgledger(bench, report, files, seconds)
 
 
