@@ -1,4 +1,4 @@
-"""The one dialect of DATABASE_URL: what asyncpg, dbmate (Go's lib/pq) and psql all read alike; the rest is refused.
+"""The accepted form of DATABASE_URL: what asyncpg, dbmate (Go's lib/pq) and psql all read alike. The rest is refused.
 
     postgresql://user:password@host:port/database?sslmode=…
 
@@ -6,8 +6,8 @@ A libpq URI (section 32.1.1.2 of PostgreSQL's manual). `postgres://` is the same
 password or a database are percent-encoded (RFC 3986, section 2.1). A unix socket's folder or an IPv6 address, and its
 port, stand behind the question mark: `postgresql://user@/database?host=/run/postgresql&port=5432`.
 
-Several hosts (`postgresql://user@one:5432,two:5432/database`) are read by psql and the service, which uses the one that
-takes writes; give dbmate the primary's URL.
+The exception is several hosts (`postgresql://user@one:5432,two:5432/database`): psql reads them, and the service, which
+uses the one that takes writes; give dbmate the primary's URL.
 """
 
 import ipaddress
@@ -117,7 +117,7 @@ def _check_port(port: str) -> None:
 
 
 def without_password(url: str) -> tuple[str, str | None]:
-    """Split a normalised URL into the URL without its password, and the password: others can read a command line."""
+    """Split a normalised URL into the URL without its password, for command lines, and the password."""
     scheme, _, rest = url.partition("://")
     authority = re.split("[/?]", rest, maxsplit=1)[0]
     login, at, _ = authority.rpartition("@")

@@ -24,7 +24,7 @@ NOT_MIGRATED = ("3F000", "42883")
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Return what a command line asks for. Exits with 2 if it is none, with 0 after help."""
+    """Parse a command line. Exits with 2 if it is wrong, with 0 after help."""
     parser = argparse.ArgumentParser(prog="python -m app key", description="Keys let clients in where ACCESS is keys.")
     commands = parser.add_subparsers(dest="command", required=True)
     create = commands.add_parser("create", help="make a key and print its secret, which is never shown again")

@@ -21,7 +21,7 @@ from app.metrics import LINES_DROPPED
 REQUEST_ID: ContextVar[str | None] = ContextVar("request_id", default=None)
 """The id of the request that is being handled."""
 PEER: ContextVar[str | None] = ContextVar("peer", default=None)
-"""The address of its client."""
+"""The address of the client whose request is being handled."""
 FIELDS = ("sqlstate", "code")
 """What a record may carry beside its message."""
 FLUSH_INTERVAL = 0.1
@@ -47,7 +47,7 @@ def configure(level: str) -> None:
 
 
 def is_not_bad_body(record: logging.LogRecord) -> bool:
-    """Tell whether a record is worth a line: a body that does not decode as its headers say has had its 400.
+    """Tell whether a record is about anything but a malformed body, which was answered with a 400 already.
 
     aiohttp reads on after that answer, meets the same error again and logs it with its traceback.
     """
@@ -173,9 +173,10 @@ _standard_error = StandardError(2, None, None)
 
 
 def _open_unblocked(descriptor: int) -> int | None:
-    """Return a descriptor whose writes don't block, and whose flags are nobody else's; None: not to be had (a socket).
+    """Return a descriptor whose writes never block; None: there is none (a socket).
 
-    A regular file is not reopened: its writers must share one offset, and it doesn't block.
+    Writes to a regular file never block, and its writers must share one offset: it is returned as it is. Anything else
+    is reopened, so that O_NONBLOCK is not set for others too.
     """
     try:
         if stat.S_ISREG(os.fstat(descriptor).st_mode):

@@ -42,7 +42,7 @@ WALLETS_APART = Gauge(
 )
 BATCH_SIZE = Histogram(
     "wallet_batch_size",
-    "Operations that a line applied together.",
+    "Operations in one call of a line.",
     buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 10_000),
 )
 CALLS_IN_FLIGHT = Gauge("wallet_calls_in_flight", "Lines that are applying operations.", multiprocess_mode="livesum")

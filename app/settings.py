@@ -32,9 +32,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     host: str = "127.0.0.1"
     port: int = 8000
     allowed_hosts: str | None = None
-    """Names, separated by commas, under which clients may address the service besides loopback ones.
+    """Names, separated by commas, that a request's Host may have besides loopback names and `host`.
 
-    None: any, unless the address to listen on is a loopback one."""
+    None: any, unless `host` is a loopback address.
+    """
     access: str | None = None
     """`keys`: requests need a key; `open`: none does. None: open on a loopback address, and no start on another one."""
     trusted_proxies: str | None = None
@@ -48,15 +49,18 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     lane_batch: int = 512
     """Operations that go in one call of a lane, at most."""
     lane_queue: int = 4096
-    """Requests that may wait in a lane; one more gets a 429."""
+    """Requests that may wait in a lane; one more gets a 429. One key alone may have half of the places."""
     bulk_queue: int = 32
-    """Bulk requests that may wait in a worker; one more gets a 429."""
+    """Bulk requests that may wait in a worker; one more gets a 429. One key alone may have half of the places."""
     key_requests: int = 512
     """Requests of one key that a worker has in flight, at most; one more gets a 429."""
     connections: int = 4096
     """Connections of clients in each worker, at most."""
     body_memory: int = 64
-    """MiB for the bodies over 64 KiB that a worker receives at once; one more gets a 429."""
+    """MiB for the bodies over 64 KiB that a worker receives at once; one that does not fit in gets a 429.
+
+    One key alone may have half of it.
+    """
     request_deadline: float = 10.0
     """Seconds until a request that the database has not answered gets a 503."""
     allow_fsync_off: bool = False
@@ -122,7 +126,7 @@ def from_environment(environment: Mapping[str, str] = os.environ) -> Settings:
 
 
 def access(settings: Settings) -> str:
-    """Return whether requests need keys: `open` or `keys`. Raises StartupError if that is not set off loopback."""
+    """Return whether requests need keys: `open` or `keys`. Raises StartupError if it must be set and is not."""
     if settings.access is None and not is_loopback(settings.host):
         raise StartupError(
             f"others can reach HOST {settings.host}: set ACCESS=keys (requests need a key: python -m app key create) "

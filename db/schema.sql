@@ -70,7 +70,7 @@ $$;
 -- Name: FUNCTION any_argument_fault(p_wallet_uuid text, p_operation_uuid uuid, p_operation_type text, p_amount bigint, p_counterparty_uuid text, p_hold_uuid uuid, p_expires_at timestamp with time zone, p_metadata jsonb); Type: COMMENT; Schema: wallet; Owner: -
 --
 
-COMMENT ON FUNCTION wallet.any_argument_fault(p_wallet_uuid text, p_operation_uuid uuid, p_operation_type text, p_amount bigint, p_counterparty_uuid text, p_hold_uuid uuid, p_expires_at timestamp with time zone, p_metadata jsonb) IS 'Internal: the message of WA400 for an operation that no wallet can accept, else null; wallet names are checked only once no wallet was found. The nil UUID (RFC 9562, section 5.9) is what an unset field looks like, so it names no operation. A function of its own, so that a session prepares its expressions only where it needs them.';
+COMMENT ON FUNCTION wallet.any_argument_fault(p_wallet_uuid text, p_operation_uuid uuid, p_operation_type text, p_amount bigint, p_counterparty_uuid text, p_hold_uuid uuid, p_expires_at timestamp with time zone, p_metadata jsonb) IS 'Internal: the message of WA400 for an operation that no wallet can accept, else null; wallet names are not checked here, but where no wallet of that name was found. The nil UUID (RFC 9562, section 5.9) is what an unset field looks like, so it names no operation. A function of its own, so that a session prepares its expressions only where it needs them.';
 
 
 SET default_tablespace = '';
@@ -344,7 +344,7 @@ $$;
 -- Name: FUNCTION apply_operation(p_wallet_uuid text, p_operation_uuid uuid, p_operation_type text, p_amount bigint, p_counterparty_uuid text, p_hold_uuid uuid, p_expires_at timestamp with time zone, p_metadata jsonb, p_not_after timestamp with time zone); Type: COMMENT; Schema: wallet; Owner: -
 --
 
-COMMENT ON FUNCTION wallet.apply_operation(p_wallet_uuid text, p_operation_uuid uuid, p_operation_type text, p_amount bigint, p_counterparty_uuid text, p_hold_uuid uuid, p_expires_at timestamp with time zone, p_metadata jsonb, p_not_after timestamp with time zone) IS 'Applies one operation exactly once and returns its row; for a transfer, the payer''s. p_operation_uuid: the caller''s name for the operation, not the nil UUID; p_operation_type: DEPOSIT, WITHDRAW, TRANSFER, HOLD or RELEASE; p_amount: minor units, 1 to 2^63-1, null for RELEASE; p_counterparty_uuid: the payee of a TRANSFER, else null; p_hold_uuid: the hold, that is the operation_uuid of a HOLD of this wallet, which a RELEASE ends, or from which a WITHDRAW or TRANSFER takes its amount (a capture: the hold ends, and what is left of it is available again); else null; p_expires_at: of a HOLD, from when on it counts no longer, in the years 1 to 9999, or null; p_metadata: an object of at most 2,048 octets as text ({} is null); p_not_after: the last moment of the call by the database''s clock. Raises, the first that applies: 0A000 (the transaction is not read committed), WA400 (bad argument), WA404 (no such wallet), WA409 (the operation exists, on whichever wallet), WA424 (this wallet has no such hold), WA410 (the hold is captured, released or expired, or a new HOLD''s p_expires_at has passed), WA405 (a wallet is closed), WA403 (the wallet is frozen), WA422 (the wallets'' currencies differ), WA402 (not enough money available; a capture of more than is held), WA416 (a balance would pass 2^63-1); under a lock_timeout also 55P03, after WA409 (another transaction keeps a wallet locked, or the operation_uuid in flight); 57014 (too late). A refused operation leaves nothing behind.';
+COMMENT ON FUNCTION wallet.apply_operation(p_wallet_uuid text, p_operation_uuid uuid, p_operation_type text, p_amount bigint, p_counterparty_uuid text, p_hold_uuid uuid, p_expires_at timestamp with time zone, p_metadata jsonb, p_not_after timestamp with time zone) IS 'Applies one operation exactly once and returns its row; for a transfer, the payer''s. p_operation_uuid: the caller''s name for the operation, not the nil UUID; p_operation_type: DEPOSIT, WITHDRAW, TRANSFER, HOLD or RELEASE; p_amount: minor units, 1 to 2^63-1, null for RELEASE; p_counterparty_uuid: the payee of a TRANSFER, else null; p_hold_uuid: the hold, that is the operation_uuid of a HOLD of this wallet, which a RELEASE ends, or from which a WITHDRAW or TRANSFER takes its amount (a capture: the hold ends, and what is left of it is available again); else null; p_expires_at: of a HOLD, from when on it counts no longer, in the years 1 to 9999, or null; p_metadata: an object of at most 2,048 octets as text ({} is null); p_not_after: the caller''s deadline by the database''s clock. Raises, the first that applies: 0A000 (the transaction is not read committed), WA400 (bad argument), WA404 (no such wallet), WA409 (the operation exists, on whichever wallet), WA424 (this wallet has no such hold), WA410 (the hold is captured, released or expired, or a new HOLD''s p_expires_at has passed), WA405 (a wallet is closed), WA403 (the wallet is frozen), WA422 (the wallets'' currencies differ), WA402 (not enough money available; a capture of more than is held), WA416 (a balance would pass 2^63-1); under a lock_timeout also 55P03, which ranks after WA409 (another transaction keeps a wallet locked, or is applying the same operation_uuid); 57014 (too late). A refused operation leaves nothing behind.';
 
 
 --
@@ -938,7 +938,7 @@ $$;
 -- Name: FUNCTION apply_operations(p_wallet_uuids text[], p_operation_uuids uuid[], p_operation_types text[], p_amounts bigint[], p_counterparty_uuids text[], p_hold_uuids uuid[], p_expires_at timestamp with time zone[], p_metadata jsonb[], p_atomic boolean, p_not_after timestamp with time zone); Type: COMMENT; Schema: wallet; Owner: -
 --
 
-COMMENT ON FUNCTION wallet.apply_operations(p_wallet_uuids text[], p_operation_uuids uuid[], p_operation_types text[], p_amounts bigint[], p_counterparty_uuids text[], p_hold_uuids uuid[], p_expires_at timestamp with time zone[], p_metadata jsonb[], p_atomic boolean, p_not_after timestamp with time zone) IS 'Applies a batch of operations as apply_operation would, one after another in the order given, in one transaction: the good ones stay, the others are refused. Arrays of one length, with the arguments of apply_operation; those that may be null may be null as a whole. Returns one row per operation, in order: ordinal (from 1), sqlstate and message (null: applied), same_request (whether what is recorded under its operation_uuid is this request: true for an applied one; null where nothing is recorded), and the row of the applied operation, or of the recorded one where the sqlstate is WA409 and it belongs to the same wallet. Outcomes per operation: WA400, WA404, WA409, WA424, WA410, WA405, WA403, WA422, WA402, WA416 as in apply_operation. Also, for requests that were not applied and may be asked again: 55P03, under a lock_timeout, after WA409 (another transaction keeps a wallet locked, or the operation_uuid in flight); and the SQLSTATE of whatever else the database refuses (a constraint, a trigger), its message in a WARNING. p_atomic: if any operation is refused, none is applied, and the outcome of those that would have been is WA425. Raises WA400 only for the arrays themselves (null, different lengths, more than one dimension) and a null p_atomic, 57014 (too late), 0A000 unless the transaction is read committed, and, without a lock_timeout, 40P01 (nothing was applied: ask again) where one of two batches that name the same operation_uuids is applied in parts, because the database refuses something in it or its clock was set back.';
+COMMENT ON FUNCTION wallet.apply_operations(p_wallet_uuids text[], p_operation_uuids uuid[], p_operation_types text[], p_amounts bigint[], p_counterparty_uuids text[], p_hold_uuids uuid[], p_expires_at timestamp with time zone[], p_metadata jsonb[], p_atomic boolean, p_not_after timestamp with time zone) IS 'Applies a batch of operations as apply_operation would, one after another in the order given, in one transaction: the good ones stay, the others are refused. Arrays of one length, with the arguments of apply_operation; those that may be null may be null as a whole. Returns one row per operation, in order: ordinal (from 1), sqlstate and message (null: applied), same_request (whether what is recorded under its operation_uuid is this request: true for an applied one; null where nothing is recorded), and the row of the applied operation, or of the recorded one where the sqlstate is WA409 and it belongs to the same wallet. Outcomes per operation: WA400, WA404, WA409, WA424, WA410, WA405, WA403, WA422, WA402, WA416 as in apply_operation. Also, for requests that were not applied and may be asked again: 55P03, under a lock_timeout, which ranks after WA409 (another transaction keeps a wallet locked, or is applying the same operation_uuid); and the SQLSTATE of whatever else the database refuses (a constraint, a trigger), its message in a WARNING. p_atomic: if any operation is refused, none is applied, and the outcome of those that would have been is WA425. Raises WA400 only for the arrays themselves (null, different lengths, more than one dimension) and a null p_atomic, 57014 (too late), 0A000 unless the transaction is read committed, and, without a lock_timeout, 40P01 (nothing was applied: call again) if another batch names the same operation_uuids, and one of the two is applied in parts, because the database refused one of its operations or the database''s clock was set back.';
 
 
 --
@@ -1010,7 +1010,7 @@ $$;
 -- Name: FUNCTION argument_fault(p_wallet_uuid text, p_operation_uuid uuid, p_operation_type text, p_amount bigint, p_counterparty_uuid text, p_hold_uuid uuid, p_expires_at timestamp with time zone, p_metadata jsonb); Type: COMMENT; Schema: wallet; Owner: -
 --
 
-COMMENT ON FUNCTION wallet.argument_fault(p_wallet_uuid text, p_operation_uuid uuid, p_operation_type text, p_amount bigint, p_counterparty_uuid text, p_hold_uuid uuid, p_expires_at timestamp with time zone, p_metadata jsonb) IS 'Internal: any_argument_fault, without a call for a deposit, withdrawal or transfer that is well formed and has no metadata and no hold. No security definer and no search_path of its own, so that it is inlined into its callers, which have both.';
+COMMENT ON FUNCTION wallet.argument_fault(p_wallet_uuid text, p_operation_uuid uuid, p_operation_type text, p_amount bigint, p_counterparty_uuid text, p_hold_uuid uuid, p_expires_at timestamp with time zone, p_metadata jsonb) IS 'Internal: returns what any_argument_fault returns, but does not call it for a well-formed deposit, withdrawal or transfer without metadata and without a hold. No security definer and no search_path of its own, so that it is inlined into its callers, which have both.';
 
 
 --
@@ -1111,7 +1111,7 @@ $$;
 -- Name: FUNCTION due_amount(p_wallet_uuid text, p_from timestamp with time zone, p_until timestamp with time zone); Type: COMMENT; Schema: wallet; Owner: -
 --
 
-COMMENT ON FUNCTION wallet.due_amount(p_wallet_uuid text, p_from timestamp with time zone, p_until timestamp with time zone) IS 'Internal: minor units, how much of what a wallet''s last row holds has expired by p_until (null: now), with no EXPIRE recorded yet. p_from: the created_at of that row. The view wallet.balance calls it with the rights of whoever reads that.';
+COMMENT ON FUNCTION wallet.due_amount(p_wallet_uuid text, p_from timestamp with time zone, p_until timestamp with time zone) IS 'Internal: the part of held_after in a wallet''s last row whose holds have expired by p_until (null: now), in minor units; their EXPIRE is not recorded yet. p_from: the created_at of that row. The view wallet.balance calls it with the rights of whoever reads that.';
 
 
 --
@@ -1294,7 +1294,7 @@ $$;
 -- Name: FUNCTION expire_holds(p_wallet_uuid text, p_limit integer); Type: COMMENT; Schema: wallet; Owner: -
 --
 
-COMMENT ON FUNCTION wallet.expire_holds(p_wallet_uuid text, p_limit integer) IS 'Records an EXPIRE for a wallet''s holds that have expired, at most p_limit (1 to 2^31-1), the earliest first, and returns how many. Never required: an expired hold counts no longer, recorded or not, and the wallet''s next operation records it. Raises WA400 (null or bad name, limit out of range), WA404 (no such wallet), 0A000 (another isolation level than read committed); under a lock_timeout also 55P03.';
+COMMENT ON FUNCTION wallet.expire_holds(p_wallet_uuid text, p_limit integer) IS 'Records an EXPIRE for a wallet''s holds that have expired, at most p_limit (1 to 2^31-1), the earliest first, and returns how many. Never required: an expired hold no longer counts, whether its EXPIRE is recorded or not, and the wallet''s next operation records it. Raises WA400 (null or bad name, limit out of range), WA404 (no such wallet), 0A000 (another isolation level than read committed); under a lock_timeout also 55P03.';
 
 
 --
@@ -1856,7 +1856,7 @@ $$;
 -- Name: FUNCTION raise_too_late(); Type: COMMENT; Schema: wallet; Owner: -
 --
 
-COMMENT ON FUNCTION wallet.raise_too_late() IS 'For services older than p_not_after: takes back the statement that calls it, because its last moment has passed: select ... from wallet.apply_operations(...) where case when clock_timestamp() < $5 then true else wallet.raise_too_late() end. The clock is read after apply_operations has run, however long it waited for a lock, and a call that is in time holds its locks until it is committed. Raises 57014 (query_canceled), always.';
+COMMENT ON FUNCTION wallet.raise_too_late() IS 'For services older than p_not_after: makes the statement that calls it fail, and so be rolled back, because its deadline has passed: select ... from wallet.apply_operations(...) where case when clock_timestamp() < $5 then true else wallet.raise_too_late() end. The clock is read after apply_operations has run, however long it waited for a lock, and a call that is in time holds its locks until it is committed. Raises 57014 (query_canceled), always.';
 
 
 --
@@ -1883,7 +1883,7 @@ $$;
 -- Name: FUNCTION raise_wallet_not_found(p_wallet_uuid text, p_counterparty_uuid text); Type: COMMENT; Schema: wallet; Owner: -
 --
 
-COMMENT ON FUNCTION wallet.raise_wallet_not_found(p_wallet_uuid text, p_counterparty_uuid text) IS 'Internal: says why no wallet was found under this name, or under one of these two. A wallet that exists has a good name, so names are looked at only here. Raises WA400 (null or bad name) or WA404, always one of them.';
+COMMENT ON FUNCTION wallet.raise_wallet_not_found(p_wallet_uuid text, p_counterparty_uuid text) IS 'Internal: says why no wallet was found under this name, or under one of these two. Existing wallets have valid names, so names are validated only here. Raises WA400 (null or bad name) or WA404, always one of them.';
 
 
 --
@@ -1985,7 +1985,7 @@ $$;
 -- Name: FUNCTION revoke_key(p_name text); Type: COMMENT; Schema: wallet; Owner: -
 --
 
-COMMENT ON FUNCTION wallet.revoke_key(p_name text) IS 'Revokes a key for good and returns it as list_keys does; again: the same row. Services refuse it within 5 seconds of the commit. Raises WA400 (null or bad name), WA421 (no such key), 0A000 (another isolation level than read committed).';
+COMMENT ON FUNCTION wallet.revoke_key(p_name text) IS 'Revokes a key for good and returns its row as list_keys does; called again, it returns that row unchanged. Services refuse the key within 5 seconds of the commit. Raises WA400 (null or bad name), WA421 (no such key), 0A000 (another isolation level than read committed).';
 
 
 --
@@ -2129,7 +2129,7 @@ $$;
 -- Name: FUNCTION state_fault(p_operation_type text, p_amount bigint, p_status text, p_balance bigint, p_currency text, p_payee_status text, p_payee_balance bigint, p_payee_currency text); Type: COMMENT; Schema: wallet; Owner: -
 --
 
-COMMENT ON FUNCTION wallet.state_fault(p_operation_type text, p_amount bigint, p_status text, p_balance bigint, p_currency text, p_payee_status text, p_payee_balance bigint, p_payee_currency text) IS 'Internal: the SQLSTATE for an operation that the state of its wallets does not allow (the first of WA405, WA403, WA422, WA402, WA416), else null. p_balance: of a DEPOSIT the balance, of any other what the amount may be taken from. The payee''s state is null but for a TRANSFER. No security definer and no search_path of its own, so that it is inlined into its callers, which have both.';
+COMMENT ON FUNCTION wallet.state_fault(p_operation_type text, p_amount bigint, p_status text, p_balance bigint, p_currency text, p_payee_status text, p_payee_balance bigint, p_payee_currency text) IS 'Internal: the SQLSTATE for an operation that the state of its wallets does not allow (the first of WA405, WA403, WA422, WA402, WA416), else null. p_balance: for a DEPOSIT the balance; for the other types what is available, for a capture the amount of its hold. The payee''s state is null except for a TRANSFER. No security definer and no search_path of its own, so that it is inlined into its callers, which have both.';
 
 
 --

@@ -37,16 +37,22 @@ select pg_logical_emit_message(true, 'wallet', ''::text) where current_setting('
 A commit waits only if it wrote WAL and has a transaction id (src/backend/access/transam/xact.c).
 """
 FIRST_ATTEMPT = 0.5
-"""The part of a deadline that a first attempt may take: a connection that goes nowhere leaves time for a second one."""
+"""The part of the time for a first attempt (the pool: of the deadline; a line: of what is left of it).
+
+A connection that goes nowhere so leaves time for a second attempt.
+"""
 LEAD = 0.05
 """The part of a deadline that is left when a call is given up: room for clock skew."""
 IDLE = 10.0
 """Seconds after which a connection that nobody needs is closed."""
-READ_SHARE = 4
-"""The divisor of a pool's size, for one key, while several are active: each of its connections keeps a core busy."""
+READ_DIVISOR = 4
+"""In contention, one party may have the pool's size divided by this: each read keeps a core busy."""
 
 UNTIL: ContextVar[float | None] = ContextVar("until", default=None)
-"""The deadline, on the loop's clock, of the request that is being handled, if it had to wait for the keys."""
+"""The deadline, on the loop's clock, of the request that is being handled, if it had to wait for the keys.
+
+Else its deadline is counted from its first call on.
+"""
 
 _log = logging.getLogger("wallet")
 
@@ -64,15 +70,15 @@ _LOST = ("08", "XX")
 async def connect(url: str, deadline: float, name: str = "wallet", *, lock_timeout: float = 0) -> Any:
     """Connect to PostgreSQL; where the URL names several hosts, to the one that takes writes.
 
-    The server itself ends a statement after `deadline` seconds, so that none whose caller is gone holds a lock or a
-    connection for ever, and a wait for a lock after `lock_timeout` seconds (0: never). Whatever the role or the
+    The server itself ends a statement after `deadline` seconds, so that it holds no lock and no connection for ever if
+    its caller is gone, and ends a wait for a lock after `lock_timeout` seconds (0: never). Whatever the role or the
     database have set, a commit is on disk before it is answered, WARNINGs are sent (see Session), and the
     isolation level is read committed.
     `name` is what pg_stat_activity calls the session.
     """
     connection = await open_session(url, server_settings={"application_name": name})
     _keep_alive(connection, deadline)
-    try:  # by statements: a pooler refuses a session that begins with these settings
+    try:  # with SET: poolers refuse these as startup parameters
         await connection.execute(
             f"set statement_timeout = {round(deadline * 1000)};"
             f"set lock_timeout = {round(lock_timeout * 1000)};"
@@ -88,7 +94,7 @@ async def connect(url: str, deadline: float, name: str = "wallet", *, lock_timeo
 
 
 async def close(connection: Any) -> None:
-    """Close a connection once the call that was cancelled on it has ended (asyncpg asks for that), or after a time."""
+    """Close a connection. asyncpg cancels what runs on it, and waits for that; CONNECT_TIMEOUT at most."""
     with contextlib.suppress(*NO_SUCCESS):
         await connection.close(timeout=CONNECT_TIMEOUT)
 
@@ -159,7 +165,7 @@ class Pool:
     def __init__(self, url: str, size: int, deadline: float, parties: Parties) -> None:
         self._url = url
         self.deadline = deadline
-        self._places = Places(size, lambda: max(size // READ_SHARE, 1) if parties.in_company() else size)
+        self._places = Places(size, lambda: max(size // READ_DIVISOR, 1) if parties.in_contention() else size)
         self._idle: list[tuple[Any, float]] = []
         self._ending: set[asyncio.Task[None]] = set()
 
@@ -188,7 +194,7 @@ class Pool:
             self._idle.pop()[0].terminate()
 
     def _end(self, connection: Any) -> None:
-        """Close a connection whose call was given up, and have PostgreSQL end the call.
+        """Close a connection that is not to be used again, and have PostgreSQL end a call that may still run on it.
 
         A commit that waits for a standby has no statement_timeout, and does not notice that its client is gone.
         """
@@ -213,7 +219,7 @@ class Pool:
                 self._idle.pop(0)[0].terminate()
 
     async def fetch(self, query: str, *arguments: object) -> list[asyncpg.Record]:
-        """Make a call that may safely be made twice, again and again until the database gives a definite answer.
+        """Repeat a call until the database gives a definite answer. It must be safe to make it twice.
 
         A refusal is definite, and so is an error that a new session meets too and that time doesn't mend. Raises
         Refusal, asyncpg.PostgresError for such an error, and TimeoutError after the deadline of a request.
@@ -316,7 +322,7 @@ async def create_wallet(pool: Pool, wallet_uuid: str | None, currency: str | Non
         except Refusal as error:
             if error.sqlstate != "WA419" or not error.after_a_lost_attempt:
                 raise
-            if wallet_uuid is None:  # the name is ours: an earlier attempt came through, to the standby as well
+            if wallet_uuid is None:  # an earlier attempt created it, on the standby as well: nobody else has this name
                 return await get_balance(pool, name)
             raise TimeoutError from None
 
@@ -348,10 +354,10 @@ async def set_status(pool: Pool, wallet_uuid: str, status: str) -> Balance:
 
 
 async def _change(pool: Pool, query: str, *arguments: object) -> list[asyncpg.Record]:
-    """Make a call that changes something. When it is refused, what the refusal rests on is on the standby.
+    """Make a call that changes something. Before a refusal is passed on, wait for the standby.
 
-    A refused call commits nothing, so it waits for no standby; but it may rest on a commit that is not there yet. So
-    commit a message first: that waits for all before it.
+    The refusal may depend on another call's commit that the standby does not have yet, and a refused call commits
+    nothing itself. So commit a message: that waits until the standby has everything before it.
     """
     try:
         return await pool.fetch(query, *arguments)
@@ -424,7 +430,7 @@ async def list_holds(pool: Pool, wallet_uuid: str, after: int | None, limit: int
 
 
 async def live_keys(connection: Any) -> list[asyncpg.Record]:
-    """Return the keys that are valid: name, digest, scopes, wallet_prefix, and seconds, what each has left or None."""
+    """Return the valid keys: name, digest, scopes, wallet_prefix, and the seconds until it expires, or None."""
     query = """
       select name, digest, scopes, wallet_prefix,
         extract(epoch from expires_at - clock_timestamp())::double precision as seconds

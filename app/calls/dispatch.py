@@ -23,7 +23,7 @@ BULK_PATIENCE = 2
 SIDING_PATIENCE = 2.5
 """A call of the siding waits so many times as long as others for a lock: long calls may keep a wallet locked."""
 SIDING_SHARE = 100
-"""Parts, with no wallet in common, in which a bulk request may wait on the siding; the rest is 55P03 at once."""
+"""Groups of a bulk request's operations, with no wallet in common, that may wait on the siding; others are 55P03."""
 BULK_HEADROOM = 2 * HEADROOM
 """HEADROOM for bulk requests, whose calls wait longer for locks."""
 
@@ -75,7 +75,7 @@ async def _apply_atomic(app: web.Application, requests: Sequence[Request]) -> li
 
 
 async def _apply(app: web.Application, lane: Lane, requests: Sequence[Request]) -> list[Outcome]:
-    """Apply requests on a lane, but for those for wallets in trouble."""
+    """Apply requests on a lane; those that need a wallet in trouble, or meet a locked one, go on the siding."""
     last = deadline_of(app[SETTINGS].request_deadline)
     trouble = app[TROUBLE]
     if not trouble.wallets:
@@ -108,7 +108,7 @@ async def _settle(
 
 
 def _apart(requests: Sequence[Request], numbers: Sequence[int]) -> Iterable[list[int]]:
-    """Return the numbers of requests in parts that have no wallet in common, each in order."""
+    """Group requests, by their numbers, so that no two groups have a wallet in common; each group is in order."""
     leads: dict[str, str] = {}
 
     def part_of(wallet: str) -> str:

@@ -1,19 +1,20 @@
-"""The hot lane: requests for one wallet share a call instead of queueing for its row lock one commit at a time.
+"""Lanes: requests for one wallet share a call instead of queueing for its row lock one commit at a time.
 
-A wallet always uses the same lane of a process; a transfer uses its payer's. A lane has one call in flight; what
-arrives meanwhile waits, and all of it goes in the next call, one commit for all. An idle lane sends at once. The queue
-is bounded, and so is the time that a request takes: at its deadline it is answered 503, whatever the lane is doing. Its
-call was given up before that, and the database looks at the clock itself: a call that comes too late is taken back, and
-one that is in time holds its locks until it is committed. So a retry that is refused after a 503 won't be applied
-later by the earlier call.
+Single requests for a wallet always use the same lane of a process; a transfer uses its payer's. A lane has one call in
+flight; what arrives meanwhile waits, and all of it goes in the next call, one commit for all. An idle lane sends at
+once. The queue is bounded, and so is the time that a request takes: at its deadline it is answered 503, whatever the
+lane is doing. Its call was given up before that, and the database looks at the clock itself: a call that comes too late
+is rolled back, and one that is in time holds its locks until it is committed. So if a retry after a 503 is refused, the
+earlier call cannot apply the operation later.
 
 Bulk requests have a lane of their own, which may have a few calls in flight: while one is under way, another is sent
 once it carries as much, or after a moment. An atomic one goes alone.
 
-A wallet that somebody keeps locked delays the call that meets it by a lock_timeout, and one to which the database
-refuses something has its call made again in parts. From then on its requests wait on the siding, and one of them at a
-time is tried in a call apart from the lanes, until an outcome shows that the wallet is unlocked or, where the database
-refused something, until one is applied. A transfer goes there if either of its wallets is in trouble.
+A wallet that somebody keeps locked delays the first call that needs it by a lock_timeout. If the database refuses
+something to a wallet, the call is made again in halves. From then on the wallet's requests wait on the siding, a lane
+of its own, each of whose calls has the requests of only one client for that wallet. They do so until an outcome shows
+that it is unlocked or, where the database refused something, until one is applied. A transfer goes there if either of
+its wallets is in trouble.
 """
 
 import asyncio
@@ -39,9 +40,9 @@ LINGER = 0.005
 HEADROOM = 0.1
 """The part of its deadline that a request must have left to go in a call.
 
-With less, after a long outage, the oldest request of each call would end it too early for the others.
+Without this, after a long outage, the deadline of the oldest request would cut each call short for the others.
 """
-COMPANY_SHARE = 32
+CONTENTION_DIVISOR = 32
 """The divisor of a call's size while several keys are active.
 
 All requests of a call are answered together, and their clients ask again together: the larger it is, the longer others
@@ -58,7 +59,9 @@ _log = logging.getLogger("wallet")
 
 
 class Waiting(NamedTuple):
-    """Requests of one client, the future of their outcomes, and their deadline (on the loop's clock).
+    """What one client waits for: requests, the future of their outcomes, and their deadline (on the loop's clock).
+
+    A client is a single or a bulk request over HTTP.
 
     `atomic`: all or none of them are to be applied. `party`: who asks. On the siding, `wallets` are
     those that they change, and `tried` is when they were tried last (0: not yet).
@@ -123,7 +126,7 @@ class Lane:
     ) -> asyncio.Future[list[Outcome]]:
         """Queue requests and return the future of their outcomes, in order, or of a TimeoutError at their deadline.
 
-        They go in one call (in company, many in several); `atomic` ones share theirs with nobody. `until` is
+        They go in one call (in contention, many in several parts); `atomic` ones share theirs with nobody. `until` is
         their deadline, if it is known already. Raises Overloaded if too many clients wait already.
         """
         party = PARTY.get()
@@ -174,7 +177,7 @@ class Lane:
                         await self._arrived.wait()
                 except TimeoutError:
                     await line.close()
-            if any(self._sent.values()) and not self._parties.in_company():
+            if any(self._sent.values()) and not self._parties.in_contention():
                 await self._linger()
             self._sent[line] = self._take()
             if not await self._send(line):
@@ -187,14 +190,14 @@ class Lane:
         return any(queue[0].party not in away for queue in self._waiting.queues())
 
     def _away(self) -> set[str]:
-        """In company, return the parties with a long call under way: the other lines are for other parties."""
-        if not self._parties.in_company():
+        """In contention, return the parties with a long call under way: the other lines are for other parties."""
+        if not self._parties.in_contention():
             return set()
         return {waiting.party for sent in self._sent.values() if _size(sent) > SHORT for waiting in sent}
 
     def _most(self) -> int | None:
-        """Return how many operations go in one call, at most, while there are several parties; None: there are not."""
-        return max(self._batch // COMPANY_SHARE, 1) if self._parties.in_company() else None
+        """Return how many operations go in one part of a call, at most; None: any number, as there is no contention."""
+        return max(self._batch // CONTENTION_DIVISOR, 1) if self._parties.in_contention() else None
 
     async def _linger(self) -> None:
         """While another line has a call under way, wait a little for as many requests as it carries.
@@ -216,7 +219,7 @@ class Lane:
         return min(self._batch, max(map(_size, self._sent.values()), default=0))
 
     def _take(self) -> list[Waiting]:
-        """Take what is to go in the next call, by turns; single requests for wallets in trouble are answered 55P03."""
+        """Take what is to go in the next call, by turns; single requests for wallets in trouble are UNTRIED."""
         taken: list[Waiting] = []
         room = self._most() or self._batch
         away = self._away()
@@ -248,7 +251,7 @@ class Lane:
     async def _send(self, line: Line) -> bool:
         """Send what was taken, and tell whether every outcome was ours.
 
-        Its call is given up shortly before the deadline of the oldest; the others go again.
+        The call is given up shortly before the deadline of its oldest request; the others are sent again.
         """
         again, good = False, True
         while sent := self._sent[line]:
@@ -336,11 +339,11 @@ class Siding(Lane):
     async def apply_atomic(
         self, requests: Sequence[Request], until: float, outcomes: list[Outcome] | None
     ) -> list[Outcome]:
-        """Apply an atomic request, trying again while any of its wallets is locked; `outcomes` of an attempt before.
+        """Apply an atomic request, trying again while any of its wallets is locked.
 
-        If the deadline comes before a try that met no lock, what was locked is 55P03, or the SQLSTATE with which the
-        database last refused something to one of its wallets. Raises TimeoutError if the outcome is unknown at the
-        deadline, and Overloaded.
+        `outcomes`: those of an earlier attempt. If the deadline comes before a try that met no lock, what was locked is
+        55P03, or the SQLSTATE with which the database last refused something to one of its wallets. Raises TimeoutError
+        if the outcome is unknown at the deadline, and Overloaded.
         """
         outcomes = outcomes or [UNTRIED] * len(requests)
         tried = 0.0
@@ -368,8 +371,8 @@ class Siding(Lane):
 
         Calls begin alternately with what needs a wallet in trouble and what no longer does. An atomic request has a
         call to itself, and so has one for a wallet to which the database refuses something, so that no other request
-        fails with it. Without time for a call, each is 55P03; an atomic request gets an empty list and keeps its
-        earlier outcomes.
+        fails with it. Without time for a call, each is UNTRIED; an atomic request gets an empty list and keeps
+        its earlier outcomes.
         """
         trouble, refusals = self._trouble.wallets, self._trouble.refusals.keys()
         taken: list[Waiting] = []

@@ -29,13 +29,13 @@ from app.metrics import BATCH_SIZE, CALLS_IN_FLIGHT, OPERATIONS, RESENDS
 from app.settings import Settings
 
 LOCK_TIMEOUT = 0.2
-"""Seconds that a call waits for wallets that others have locked, at most."""
-LOCK_SHARE = 0.03
-"""The part of a deadline that this takes, at most."""
+"""Seconds that a call waits for locks, at most, on a line whose patience is 1."""
+LOCK_PART = 0.03
+"""The limit of LOCK_TIMEOUT, as a part of the deadline."""
 LEAST_ATTEMPT = 0.2
 """The part of a deadline that a first attempt has at least, if so much is left: it has to wait for locks, too."""
 PART_PAUSE = 0.02
-"""Seconds of the pause between two parts of a call, at most; else it is as long as the last part took."""
+"""Seconds. The pause between two parts of a call is as long as the last part took, and at most this."""
 CLOCK_AGE = 5.0
 """Seconds after which the database's clock is read again."""
 _DECIDED = "sqlstate, message, same_request, balance_after, held_after, seq"
@@ -70,8 +70,8 @@ _log = logging.getLogger("wallet")
 class Request(NamedTuple):
     """One operation to apply: the arguments of wallet.apply_operation, in their order.
 
-    `amount` is in minor units, `expires_at` is RFC 3339, `metadata` is the text of a JSON value. `whole`: the outcome
-    has the operation, also where it is applied.
+    `amount` is in minor units, `expires_at` is RFC 3339, `metadata` is the text of a JSON value. `whole` is no
+    argument: the outcome is to have the operation even if it was applied just now.
     """
 
     wallet_uuid: str
@@ -91,7 +91,7 @@ class Request(NamedTuple):
         return self.wallet_uuid, self.counterparty_uuid
 
     def is_plain(self) -> bool:
-        """Tell whether it has only what a deposit has."""
+        """Tell whether it has only what a deposit has, and is not `whole`."""
         return self[4:] == _PLAIN
 
 
@@ -101,10 +101,11 @@ _PLAIN = (None, None, None, None, False)
 class Outcome(NamedTuple):
     """What came of a request: a row of wallet.apply_operations.
 
-    `sqlstate` and `message` are None for an applied one, which has its operation, as JSON, if the request is `whole`.
-    `same_request` is True for it, and None if a call that was lost had applied it. A duplicate has the recorded
-    operation if it belongs to the same wallet, and whether that is the very same request. Any other refusal has None
-    in the rest.
+    - Applied: `sqlstate` and `message` are None; `same_request` is True, or None if an earlier, lost call applied it;
+      `operation` (JSON) is set if the request is `whole`.
+    - A duplicate: `same_request` tells whether the recorded operation is this request; `operation` is the recorded one,
+      if it belongs to the same wallet.
+    - Any other refusal: all but `sqlstate` and `message` are None.
     """
 
     sqlstate: str | None
@@ -124,7 +125,7 @@ class Outcome(NamedTuple):
         return self.sqlstate is None and self.same_request is True
 
     def is_locked(self) -> bool:
-        """Tell whether it waited for a wallet in vain."""
+        """Tell whether its wallet was locked, or it was left out of the call (UNTRIED)."""
         return self.sqlstate == "55P03"
 
     def is_repeat(self) -> bool:
@@ -137,10 +138,11 @@ class Outcome(NamedTuple):
 
 
 class Found:
-    """What came of the earlier parts of a call: which operations they applied, and which wallets are left out.
+    """What came of the earlier parts of a call: the operations applied, and the wallets to leave out of later parts.
 
-    These are the wallets to which the database refused something, and those of requests left out for that, so that no
-    later request overtakes one. A refused transfer adds neither of its wallets: it doesn't show which was the cause.
+    A wallet is left out once the database itself refused a request on it. A refused transfer adds no wallet: it doesn't
+    show which of its two was the cause. A request that is left out adds all of its wallets, so that no later one
+    overtakes it.
     """
 
     def __init__(self) -> None:
@@ -156,7 +158,7 @@ class Found:
                 self.later.add(request.wallet_uuid)
 
     def leave_out(self, request: Request) -> bool:
-        """Tell whether a request is left out; then its wallets are, too."""
+        """Tell whether a request has to be left out; if so, leave all of its wallets out from now on."""
         if self.later.isdisjoint(request.wallets()):
             return False
         self.later.update(request.wallets())
@@ -172,12 +174,12 @@ class Line:
     """
 
     def __init__(self, settings: Settings, patience: float = 1, *, thorough: bool = False) -> None:
-        """`thorough`: a request is tried whatever the database has refused to its wallet before, in the same call."""
+        """`thorough`: try a request even if the database refused an earlier one on its wallet in the same call."""
         assert settings.database_url is not None
         self._thorough = thorough
         self._url = settings.database_url
         self._deadline = settings.request_deadline
-        self._lock_timeout = patience * min(LOCK_TIMEOUT, LOCK_SHARE * settings.request_deadline)
+        self._lock_timeout = patience * min(LOCK_TIMEOUT, LOCK_PART * settings.request_deadline)
         self._connection: Any = None
         self._backend: asyncpg.Record | None = None
         self._abandoned: asyncpg.Record | None = None
@@ -201,8 +203,8 @@ class Line:
         `most`: operations in one part; more go in several, unless atomic.
 
         Tries until the database gives a definite answer. Raises TimeoutError at `last` (on the loop's clock), or up to
-        LEAD of a deadline later, while the abandoned backend is ended: the outcome is then unknown. `again`: the
-        requests were in the call before, which was given up. `atomic`: all of them or none.
+        LEAD of a deadline later, while a backend that may still run a lost call is ended: the outcome is then unknown.
+        `again`: the requests were in the call before, which was given up. `atomic`: all of them or none.
         """
         if not again:
             self._lost = False
@@ -225,12 +227,12 @@ class Line:
         return outcomes
 
     async def _apply_in_parts(self, requests: Sequence[Request], last: float, most: int) -> list[Outcome]:
-        """Make calls of `most` requests each, one after another, and leave the database to others in between."""
+        """Make a call in parts of `most` requests, one after another, and leave the database to others in between."""
         loop = asyncio.get_running_loop()
         lost, found, outcomes, took = self._lost, Found(), list[Outcome](), 0.0
         for begin in range(0, len(requests), most):
             await asyncio.sleep(min(took, PART_PAUSE))
-            self._lost = lost  # if a call of the part before was lost, this one was not in it
+            self._lost = lost  # a lost call of the part before did not have this part in it
             part, began = requests[begin : begin + most], loop.time()
             came = await self._apply(part, last, found)
             found.note(part, came)
@@ -243,8 +245,8 @@ class Line:
     ) -> list[Outcome]:
         """Make a call until it has an answer; in halves, down to the culprit, if the database refuses it as a whole.
 
-        `found`: what came of earlier parts of the same call, if it is made in parts. What is for a wallet to which the
-        database has refused something is left out, as 55P03: else each would have to be searched for by halving.
+        `found`: what came of earlier parts of the same call, if it is made in parts. Requests for wallets that it
+        leaves out are UNTRIED: else each would be refused too, and have the call sent again in halves.
         """
         if found.later and not (self._lost or self._thorough):
             tried = [not found.leave_out(request) for request in requests]
@@ -274,7 +276,7 @@ class Line:
                 told = f"SQLSTATE {sqlstate}: {error}" if nothing_changed(error) else type(error).__name__
                 extra = {"sqlstate": sqlstate} if sqlstate else {}
                 _log.warning("a call failed and is made again: %s", told, extra=extra)
-                self._clock = None  # 57014 may mean that the database's clock was set: read it again
+                self._clock = None  # after 57014 (too late) the database's clock may have been set: read it again
                 if called and not is_passing(error):
                     if len(requests) > 1 and not atomic:
                         half = len(requests) // 2
@@ -333,18 +335,18 @@ class Line:
             return [Outcome._make(row) for row in rows]
         except BaseException as error:
             if not session_survives(error):
-                if not nothing_changed(error):  # it ended, perhaps between the commit and the answer
+                if not nothing_changed(error):  # the session ended, perhaps between commit and answer
                     self._lost = True
                     self._abandoned = self._backend
                     self._abandoned_until = last + LEAD * self._deadline
                 if len(requests) > 1 and not is_passing(error):
-                    self._suspect = True  # keep it for the halves of this call: reconnecting for each takes too long
+                    self._suspect = True  # kept for the halves of this call: reconnecting for each takes too long
                 else:
                     await self.close()
             raise
 
     def _ready(self) -> datetime | None:
-        """Return what _prepare returns if there is nothing to prepare, else None."""
+        """Return the time by the database's clock at `_clock_read`, if there is nothing to prepare, else None."""
         if self._connection is None or self._connection.is_closed() or self._abandoned is not None:
             return None
         return self._clock if asyncio.get_running_loop().time() - self._clock_read <= CLOCK_AGE else None
@@ -376,7 +378,7 @@ class Line:
                     self._abandoned = None
             if (clock := self._ready()) is None:
                 clock = await self._connection.fetchval("select clock_timestamp()")
-                self._clock, self._clock_read = clock, loop.time()  # it was read earlier than this, if anything
+                self._clock, self._clock_read = clock, loop.time()  # at or before this
             return clock
         except BaseException:
             await self.close()
@@ -403,7 +405,7 @@ def _literal(values: Sequence[str]) -> str:
 
 
 def _literal_or_null(values: Sequence[str | None]) -> str:
-    """Return the same of an array with nulls."""
+    """Return an array that may have nulls as PostgreSQL writes it."""
     present = [value for value in values if value is not None]
     if len(present) == len(values):
         return _literal(present)
@@ -416,7 +418,7 @@ def refused(sqlstate: str) -> Outcome:
 
 
 UNTRIED = refused("55P03")
-"""The outcome of what was not in any call yet: it is tried on the siding."""
+"""The outcome of a request that was left out of a call. It is told by identity: a 55P03 of SQL is another object."""
 
 
 def count(requests: Sequence[Request], outcomes: Sequence[Outcome]) -> None:
@@ -431,7 +433,7 @@ def count(requests: Sequence[Request], outcomes: Sequence[Outcome]) -> None:
 
 
 def _recognise(requests: Sequence[Request], outcomes: list[Outcome], own: set[UUID], atomic: bool) -> list[Outcome]:
-    """Turn the duplicates that an earlier, lost call of the same requests had applied into the successes that they are.
+    """Report as applied what an earlier, lost call of the same requests applied: it comes back as a duplicate.
 
     An operation that was sent twice within the call succeeds once; `own` are those that have succeeded already.
     An atomic call has applied everything or nothing.

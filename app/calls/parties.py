@@ -21,12 +21,12 @@ T = TypeVar("T")
 
 PARTY: ContextVar[str] = ContextVar("party", default="")
 """The party of the request that is being answered."""
-COMPANY = 10.0
-"""Seconds for which parties are in company after a request whose party is not that of the request before it."""
+CONTENTION = 10.0
+"""Seconds for which parties are in contention after a request whose party is not that of the request before it."""
 PORTION = 8
-"""Requests let in together in company, at most: whatever else is due waits for all of them."""
+"""Requests let in at once in contention, at most: meanwhile the event loop does nothing else."""
 REST_FACTOR = 0.5
-"""The pause after a portion, as a part of the time that the event loop took for it."""
+"""The pause after a portion, as a part of the time that the event loop spent on it."""
 REFUSAL_PAUSE = 0.5
 """Seconds before a party over its limit is told so: it may retry at once, and each answer costs time."""
 
@@ -42,9 +42,9 @@ class Parties:
         self._arrived: ByTurns[asyncio.Future[None]] = ByTurns()
 
     async def enter(self, party: str) -> None:
-        """Count a request of a party until it leaves. Raises Overloaded, after a moment, if there are too many.
+        """Count a request of a party as in flight, until leave(). In contention, let requests in by turns.
 
-        In company, requests come in by turns, a few at a time.
+        Raises Overloaded, after a moment, if there are too many.
         """
         if party != self._last:
             if self._last:
@@ -55,11 +55,12 @@ class Parties:
             await self._turn(party)
             raise Overloaded(f"This key has {self._limit} requests in flight already")
         self._in_flight[party] += 1
-        try:
-            await self._turn(party)
-        except BaseException:
-            self.leave(party)
-            raise
+        if self.in_contention():
+            try:
+                await self._turn(party)
+            except BaseException:
+                self.leave(party)
+                raise
 
     def leave(self, party: str) -> None:
         """Count a request as answered."""
@@ -67,18 +68,17 @@ class Parties:
         if not self._in_flight[party]:
             del self._in_flight[party]
 
-    def in_company(self) -> bool:
-        """Tell whether in the last COMPANY seconds a request came from another party than the request before it."""
-        return bool(self._changed) and asyncio.get_running_loop().time() - self._changed < COMPANY
+    def in_contention(self) -> bool:
+        """Tell whether in the last CONTENTION seconds a request came from another party than the request before it."""
+        return bool(self._changed) and asyncio.get_running_loop().time() - self._changed < CONTENTION
 
     async def _turn(self, party: str) -> None:
-        if self.in_company():
-            loop = asyncio.get_running_loop()
-            turn = loop.create_future()
-            if not self._arrived:
-                loop.call_soon(self._let_in)
-            self._arrived.add(party, turn)
-            await turn
+        loop = asyncio.get_running_loop()
+        turn = loop.create_future()
+        if not self._arrived:
+            loop.call_soon(self._let_in)
+        self._arrived.add(party, turn)
+        await turn
 
     def _let_in(self) -> None:
         loop = asyncio.get_running_loop()
@@ -188,8 +188,8 @@ class ByTurns(Generic[T]):
 class Places:
     """Places that are lent by turns: a semaphore, fair between parties by the time for which each has had one.
 
-    By time.perf_counter(): it is mostly under a millisecond, too short for uvloop's clock. `most`: how many a party may
-    have now.
+    Time is measured with time.perf_counter(): mostly it is under a millisecond, too short for uvloop's clock. `most`:
+    how many a party may have now.
     """
 
     def __init__(self, number: int, most: Callable[[], int] | None = None) -> None:
@@ -212,9 +212,9 @@ class Places:
             self.give_back(began)
 
     async def take(self, since: float | None = None) -> float:
-        """Take a place and return when it was taken, by time.perf_counter(). It has to be given back.
+        """Take a place; return when it was taken, by time.perf_counter(), for give_back.
 
-        `since`: from when on it counts as asked for, on the loop's clock; None: from now on.
+        `since`: when the work came, on the loop's clock: a party's earlier work goes first. None: now.
         """
         party = PARTY.get()
         if self._free and self._lent[party] < self._most():

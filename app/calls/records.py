@@ -8,7 +8,7 @@ from msgspec import Raw
 
 
 class Wallet(msgspec.Struct, frozen=True):
-    """A wallet as the old service's clients know it. `balance` is in minor units."""
+    """A wallet in the short form of the service that this one replaced. `balance` is in minor units."""
 
     id: int
     uuid: str
@@ -16,7 +16,7 @@ class Wallet(msgspec.Struct, frozen=True):
 
 
 class Balance(msgspec.Struct, frozen=True):
-    """A row of wallet.balance. Money is in minor units, times are RFC 3339 in UTC."""
+    """A row of the view wallet.balance. Money is in minor units, times are RFC 3339 in UTC."""
 
     uuid: str
     id: int

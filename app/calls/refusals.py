@@ -1,4 +1,4 @@
-"""What a call may raise: what the functions in db/ refuse, and errors that are no answer."""
+"""What a call may raise: what the functions in db/ refuse, and errors that leave the outcome unknown."""
 
 import asyncpg
 
@@ -21,7 +21,7 @@ REFUSALS = {
 }
 """What REST clients may be refused, by SQLSTATE: the HTTP status and the code. The detail is the SQL message."""
 DATABASE_REFUSED = (503, "database_refused")
-"""The same for any other SQLSTATE."""
+"""The status and the code for any other SQLSTATE. The detail is REFUSED."""
 
 
 class Refusal(asyncpg.PostgresError):
@@ -38,11 +38,11 @@ LOCKED = "Wallet is locked by another transaction: not applied"
 
 
 class NotReplicated(Exception):
-    """A commit was answered before its synchronous standby had it: the database may lose it yet."""
+    """A commit was answered before its synchronous standby had it: it may still be lost."""
 
 
 NO_ANSWER = (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError, NotReplicated)
-"""What a call raises if it had no connection or lost it, or if its commit may be lost: the outcome is unknown."""
+"""What leaves the outcome unknown: no connection, a lost one, a timeout (an OSError), a commit that may be lost."""
 NO_SUCCESS = (asyncpg.PostgresError, *NO_ANSWER)
 """Whatever a call may raise."""
 

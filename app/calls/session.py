@@ -13,9 +13,9 @@ from app.calls.refusals import NO_SUCCESS, NotReplicated
 from app.settings import HOST
 
 CONNECT_TIMEOUT = 5.0
-"""Seconds until an attempt to connect is given up, or to close in good order."""
+"""Seconds for an attempt to connect, and for an orderly close."""
 HOST_TIMEOUT = 1.0
-"""Seconds until an attempt to connect to one of several hosts is given up: by the next, another may take writes."""
+"""Seconds for an attempt to connect to one of several hosts: a later one may find another host that takes writes."""
 HEAD_START = 0.1
 """Seconds that one of several hosts has to answer before the next one is asked, too (RFC 8305, section 5)."""
 
@@ -23,11 +23,12 @@ _log = logging.getLogger("wallet")
 
 
 class Session(asyncpg.Connection):
-    """A connection whose calls raise NotReplicated if a commit was answered before its synchronous standby had it.
+    """A connection that raises NotReplicated if a commit was answered before its synchronous standby had it.
 
-    Where that wait is cancelled, or ended with the session, PostgreSQL answers as after any commit, and sends a WARNING
-    before. Its text is in the server's language and its SQLSTATE that of any RAISE WARNING: it is known by the function
-    that sends it (src/backend/replication/syncrep.c). From then on every call raises: close the session.
+    If a commit's wait for its standby is cancelled, or ends with the session, PostgreSQL sends a WARNING and then
+    answers as after any commit. The WARNING's text is in the server's language, and its SQLSTATE is that of any RAISE
+    WARNING: it is known by the function that sends it (src/backend/replication/syncrep.c). fetch, fetchrow and execute
+    look for it, and raise from then on (fetchval does not): close the session.
     """
 
     def __init__(self, *arguments: Any) -> None:
@@ -49,7 +50,7 @@ class Session(asyncpg.Connection):
         return self._seen(await super().execute(*arguments, **more))
 
     def is_demoted(self) -> bool:
-        """Tell whether its server was chosen for taking writes and has said since that it does not (from 14 on)."""
+        """Tell whether its server was chosen for taking writes and has said since (14 or later) that it takes none."""
         settings = self.get_settings()
         told = (getattr(settings, name, "off") for name in ("default_transaction_read_only", "in_hot_standby"))
         return self.one_of_several and "on" in told
@@ -116,7 +117,7 @@ async def _first_to_take_writes(url: str, hosts: list[tuple[str, int]], options:
 
 
 def several_hosts(url: str) -> list[tuple[str, int]]:
-    """Return the hosts and ports of a URL, or of PGHOST, if there are several and nothing says which one to use."""
+    """Return the hosts and ports of a URL, or of PGHOST, if there are several and no target_session_attrs."""
     parts = urlsplit(url)
     query = parse_qs(parts.query)
     if "target_session_attrs" in query or "PGTARGETSESSIONATTRS" in os.environ:

@@ -8,7 +8,7 @@ from app.metrics import WALLETS_APART
 LIMIT = 10_000
 """Wallets that are known to be in trouble, at most."""
 _SAY_NOTHING = (None, "WA400", "WA404", "WA409")
-"""Outcomes that say nothing of a wallet now: a lost call may have applied it, or it was refused without a lock."""
+"""Outcomes that don't show that a wallet is free now: a lost call may have applied it, or no lock was needed."""
 
 
 class Trouble:
@@ -27,15 +27,15 @@ class Trouble:
         return not self.wallets.isdisjoint(request.wallets())
 
     def outcome_of(self, *requests: Request) -> Outcome:
-        """Return the outcome of requests, all or none of them to be applied, for which there was no time."""
+        """Return the outcome of a request, or of each of an atomic bulk request, that there was no time to try."""
         wallets = (wallet for request in requests for wallet in request.wallets())
         return refused(next((self.refusals[one] for one in wallets if one in self.refusals), "55P03"))
 
     def note(self, requests: Sequence[Request], outcomes: Sequence[Outcome]) -> None:
         """Note how the wallets of a call fared.
 
-        A failed transfer doesn't show which of its wallets was the cause. One that the same call shows to be well isn't
-        suspected; and if one is in such trouble already, the other isn't either.
+        A failed transfer doesn't show which of its wallets was the cause. A wallet that this call shows to be free is
+        not suspected. If either wallet is known to be in this kind of trouble, the other one is not suspected.
         """
         fared = list(zip(requests, outcomes, strict=True))
         failed = [(request, outcome) for request, outcome in fared if not (outcome.is_ours() or outcome is UNTRIED)]

@@ -147,8 +147,8 @@ class Postgres:
     def _choose_user(self) -> tuple[int, int]:
         """Return the user and the group that root starts the server as: the owner of its folders, or `nobody`.
 
-        Another user's folder is that user's with all that is in it. In root's folder only the cluster is the other
-        user's; one that root owns, a copy perhaps, goes to the user `nobody`.
+        If the home folder is another user's, so must be the cluster. In a home folder of root's only the cluster is the
+        other user's; if root owns the cluster too (a copy perhaps), it is given to the user `nobody`.
         """
         assert self._folder is not None
         home = os.fstat(self._folder)
@@ -199,7 +199,7 @@ class Postgres:
         raise StartupError(f"the data folder {self.home} is in use by another wallet service")
 
     def _make_run_dir(self) -> Path:
-        """Make the folder in /tmp: in it the socket's, owned by the server's user, and a mark of the home it serves.
+        """Make a folder in /tmp: it has the socket's, owned by the server's user, and a file that names the home.
 
         It stays our own: what we put there, the other user cannot replace.
         """
@@ -275,7 +275,7 @@ class Postgres:
         return os.open(name, os.O_RDONLY | os.O_DIRECTORY | links, dir_fd=self._folder)
 
     def _path(self, folder: int, path: Path) -> Path:
-        """Return how a program gets to a folder: for root, who runs it as somebody else, by what is open already."""
+        """Return the path by which a program gets to a folder: for root, by the descriptor that is open already."""
         return path if self._user is None else Path(f"/proc/self/fd/{folder}")
 
     def _run(self, cluster: int) -> None:

@@ -24,7 +24,7 @@ async def bring_up_to_date(postgres: Postgres) -> None:
     try:
         if not await connection.fetchval("select exists (select from pg_roles where rolname = $1)", LOGIN):
             await connection.execute(f"create role {LOGIN} login in role wallet_app")
-        # Its errors are reported by the service or psql; PostgreSQL's log keeps those of other roles.
+        # `log` leaves out ERRORs: the service or psql reports those of this login.
         await connection.execute(f"alter role {LOGIN} set log_min_messages = log")
         demonstrated = await connection.fetchval("select to_regclass($1) is not null", TESTDATA_HISTORY)
     finally:

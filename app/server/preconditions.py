@@ -13,7 +13,7 @@ from app.settings import Settings, StartupError
 ATTEMPTS = 3
 """How often a pooler is looked for: one look may miss it, where it has few backends and lends the same one again."""
 TIMEOUT = 5.0
-"""Seconds that the database has to answer all of it."""
+"""Seconds that the database has for all checks together."""
 
 
 def sessions(settings: Settings) -> int:
@@ -73,9 +73,9 @@ async def _check(connection: Any, settings: Settings) -> None:
 async def check_own_sessions(connection: Any, settings: Settings) -> None:
     """Check that no pooler lends a session to another client between two transactions. Raises StartupError.
 
-    Without a pooler, each of two connected clients keeps its own backend. Behind one in transaction or statement mode
-    (the latter ends a session that begins a transaction), the second may get the first's backend, or the first another
-    one while the second is in a transaction. Prepared statements then clash (42P05) or are missing (26000).
+    Without a pooler, each of two connected clients keeps its own backend. Behind one in transaction mode both may get
+    the same backend, or the first may change backends while the second is in a transaction: prepared statements then
+    clash (42P05) or are missing (26000). One in statement mode ends a session that begins a transaction.
     """
     try:
         assert settings.database_url is not None

@@ -62,7 +62,7 @@ def serve(settings: Settings) -> None:
 def listen(settings: Settings) -> list[socket.socket]:
     """Return a listening socket for each worker. Raises StartupError if the address cannot be had.
 
-    Sockets that share a port would also share it with another service that shares it, so the first is opened alone.
+    The first is bound without SO_REUSEPORT: that fails if another service uses the port, even if it shares it.
     """
     try:
         family, _, _, _, address = socket.getaddrinfo(
@@ -104,7 +104,7 @@ def start_embedded(postgres: Postgres, settings: Settings) -> Settings:
 
 @contextlib.contextmanager
 def embedded_socket(settings: Settings) -> Iterator[str]:
-    """Yield the folder of the embedded database's socket; start the database meanwhile if it isn't running.
+    """Yield the folder of the embedded database's socket. If the database isn't running, run it until the block ends.
 
     Raises StartupError.
     """
@@ -142,7 +142,7 @@ def supervise(settings: Settings, sockets: list[socket.socket], postgres: Postgr
     """Run a worker on each socket, start again what ends by itself, and return when a signal says so."""
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     workers = [start_worker(settings, listening) for listening in sockets]
-    happened = None  # look first: the signal of what ended before they were blocked is lost
+    happened = None  # look first: a SIGCHLD from before the signals were blocked is lost
     while happened is None or happened.si_signo == signal.SIGCHLD:
         if postgres is not None:
             if not postgres.is_running():
@@ -207,10 +207,10 @@ def work(settings: Settings, listening: socket.socket, supervisor: int) -> None:
 
 
 def spare_the_collector() -> None:
-    """Let the cyclic garbage collector pass over what start-up made, and look less often: requests leave few cycles.
+    """Exempt what start-up made from the cyclic garbage collector, and have it look less often: there are few cycles.
 
-    What is new is looked at twice. The rest is looked at as rarely as with thresholds of 20 and 50, which stopped the
-    process for 90 ms at a time while large requests held 200,000 objects.
+    New objects are looked at in small steps. Full collections are as rare as with thresholds of 20 and 50, but those
+    stopped the process for 90 ms at a time while large requests held 200,000 objects.
     """
     gc.freeze()
     gc.set_threshold(10_000, 1, 500)

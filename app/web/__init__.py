@@ -1,1 +1,1 @@
-"""The REST door: what arrives over HTTP, and what is answered."""
+"""The HTTP API: requests are decoded and checked, answers encoded."""

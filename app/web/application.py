@@ -50,7 +50,10 @@ def make_app(settings: Settings) -> web.Application:
         admit = app[keys.KEYS].admit
     app.router.add_routes(
         web.RouteDef(
-            r.method, r.path, guarded(r.handler, scopes, check_origin, admit), {**r.kwargs, "expect_handler": expect}
+            r.method,
+            r.path,
+            guarded(r.handler, scopes, check_origin, admit, parties),
+            {**r.kwargs, "expect_handler": expect},
         )
         for r, scopes in routes(wants_keys=wants_keys)
     )
@@ -93,10 +96,12 @@ def guarded(
     scopes: tuple[str, ...],
     check_origin: Callable[[web.Request], None],
     admit: Callable[[web.Request, tuple[str, ...]], Awaitable[Key]],
+    parties: Parties,
 ) -> Handler:
-    """Return a handler that checks a request's head before it calls this one.
+    """Return a handler that checks a request's head and its key's limit before it calls this one.
 
-    The order is: protocol, route, origin, key, then encoding, expectation and query. The body comes later.
+    Protocol and route are checked before that. The order here is: origin, key, encoding and expectation, query,
+    requests in flight. Path and body come later.
     """
     has_query = handler in (handlers.list_operations, handlers.list_holds, handlers.list_wallets, handlers.get_balance)
 
@@ -108,7 +113,6 @@ def guarded(
             check_query(request)
         if not party:
             return await handler(request)
-        parties = request.app[PARTIES]
         await parties.enter(party)
         try:
             return await handler(request)

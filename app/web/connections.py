@@ -36,7 +36,7 @@ WATCH_INTERVAL = 1.0
 TELL_INTERVAL = 60.0
 """Seconds between two lines in the log that tell of too many connections."""
 OTHER_FILES = 64
-"""Files that a worker has open beside connections of clients and of its pool."""
+"""Files that a worker has open beside the connections of clients, of its pool and of its lanes."""
 
 _log = logging.getLogger("wallet")
 

@@ -199,7 +199,7 @@ def _request(wallet: str, operation: UUID, terms: Terms) -> Request:
 
 
 async def _requests(turns: Turns, body: bytes | bytearray) -> tuple[list[Request], bool]:
-    """Decode a bulk request; a long one in several steps in company."""
+    """Decode a bulk request; a long one in several steps in contention."""
     if turns.takes_several(len(body) // LEAST):
         with contextlib.suppress(Problem):  # it is looked at again as a whole, which tells where the fault is
             new = await turns.take(lambda: decode_body(body, _bulk_parts))

@@ -29,7 +29,7 @@ Limit = Annotated[int, msgspec.Meta(ge=1, le=1000)]
 METADATA_LIMIT = 2048
 """Octets of metadata, at most, as SQL shows it."""
 NO_METADATA = '"none"'
-"""Stands for metadata that jsonb cannot hold: SQL refuses it, as it is no object, to this request alone."""
+"""Sent in place of metadata that jsonb cannot hold: as it is no object, SQL refuses this one request, not the call."""
 LONG_METADATA = '{"": "' + "x" * METADATA_LIMIT + '"}'
 """Stands for an object that is longer than METADATA_LIMIT, by however much: SQL refuses it for that."""
 
@@ -300,7 +300,7 @@ def metadata_text(metadata: dict[str, Raw] | None) -> str | None:
 
 
 def _short_number(text: str) -> int | str:
-    """Return a stand-in for a number: short, or too long if jsonb, which writes out exponents, makes it so."""
+    """Return a stand-in for a number: short, or too long if jsonb would write it so long (it writes out exponents)."""
     with contextlib.suppress(ArithmeticError):  # Decimal knows no exponent of 20 digits
         if abs(Decimal(text).adjusted()) <= METADATA_LIMIT:
             return 0

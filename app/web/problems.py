@@ -12,7 +12,7 @@ from app.calls.refusals import DATABASE_REFUSED, NO_ANSWER, REFUSALS, REFUSED, O
 from app.web.response import WholeResponse
 
 RETRY = {"Retry-After": "1"}
-"""Seconds after which it is right to ask again."""
+"""The headers of an answer after which a client may ask again: in a second."""
 
 LAST_ANSWERS = (408, 501, 505)
 """Statuses that end a connection: where the next request would begin is unknown."""

@@ -11,16 +11,16 @@ T = TypeVar("T")
 Item = TypeVar("Item")
 
 STEP = 250
-"""Operations of a bulk request that are decoded or encoded in one step in company, at most: a few milliseconds."""
+"""Operations of a bulk request that are decoded or encoded in one step in contention, at most: a few milliseconds."""
 LONG = 0.005
-"""Seconds of a step after which others have as much time. Shorter ones follow at once: their requests share a call."""
+"""Seconds. After a longer step the next waits as long as it took; shorter ones follow at once, to share a call."""
 
 
 class Turns:
     """Long work in steps: decoding a bulk request, say, for which everybody else has to wait.
 
-    In company the steps are short. Between two of a party, others have a turn; its work is done in the order in which
-    it came.
+    In contention the steps are short. Between two steps of a party, others have a turn; the work of a party is done in
+    the order in which it came.
     """
 
     def __init__(self, parties: Parties) -> None:
@@ -30,20 +30,20 @@ class Turns:
     async def take(self, step: Callable[[], T], since: float | None = None) -> T:
         """Take a step, and return at once what it returns.
 
-        After a long one, and in company after any, the next one begins after as much time as this one took.
-        `since`: when the work of which it is a step came, on the loop's clock.
+        After a long one, and in contention after any, the next one begins after as much time as this one took.
+        `since`: when the work came that the step is part of, on the loop's clock.
         """
         began = await self.places.take(since)
         try:
             return step()
         finally:
             took = time.perf_counter() - began
-            rest = took if took > LONG or self._parties.in_company() else 0
+            rest = took if took > LONG or self._parties.in_contention() else 0
             asyncio.get_running_loop().call_later(rest, self.places.give_back, began)
 
     def takes_several(self, items: int) -> bool:
         """Tell whether so many items take several steps."""
-        return items > STEP and self._parties.in_company()
+        return items > STEP and self._parties.in_contention()
 
     async def take_each(self, step: Callable[[Sequence[Item]], Sequence[T]], items: Sequence[Item]) -> list[T]:
         """Take a step for each part of some items, and return together what they return."""

@@ -1,8 +1,8 @@
 -- The row locks on the wallets come first (see lock_wallets) and are held to the end of the transaction: they put the
 -- operations of a wallet in order, so nothing below them can race but the same operation_uuid on another wallet, where
 -- the unique index decides. The last rows are read by statements of their own, which see what the lock waited for.
--- The state is checked before duplicates, which costs a good operation nothing; one that fails looks whether it is a
--- repeat, which must get WA409.
+-- The state is checked first, so that a valid operation does not pay for a search for duplicates. A refused one is looked up: a
+-- repeat must get WA409.
 -- Whatever involves holds goes to apply_operations.
 -- A plain insert whose unique_violation is caught costs less than `insert ... on conflict do nothing`.
 -- Sequential scans are off, here and in what reads: a session keeps a plan that it made while the ledger was empty.
@@ -165,10 +165,10 @@ comment on function wallet.apply_operation(text, uuid, text, bigint, text, uuid,
   'not the nil UUID; p_operation_type: DEPOSIT, WITHDRAW, TRANSFER, HOLD or RELEASE; p_amount: minor units, 1 to 2^63-1, null for RELEASE; p_counterparty_uuid: the payee of a TRANSFER, '
   'else null; p_hold_uuid: the hold, that is the operation_uuid of a HOLD of this wallet, which a RELEASE ends, or from which a WITHDRAW or TRANSFER takes its amount '
   '(a capture: the hold ends, and what is left of it is available again); else null; p_expires_at: of a HOLD, from when on it counts no longer, '
-  'in the years 1 to 9999, or null; p_metadata: an object of at most 2,048 octets as text ({} is null); p_not_after: the last moment of the call by the database''s clock. '
+  'in the years 1 to 9999, or null; p_metadata: an object of at most 2,048 octets as text ({} is null); p_not_after: the caller''s deadline by the database''s clock. '
   'Raises, the first that applies: 0A000 (the transaction is not read committed), WA400 (bad argument), WA404 (no such wallet), WA409 (the operation exists, on whichever wallet), '
   'WA424 (this wallet has no such hold), WA410 (the hold is captured, released or expired, or a new HOLD''s p_expires_at has passed), '
   'WA405 (a wallet is closed), WA403 (the wallet is frozen), WA422 (the wallets'' currencies differ), WA402 (not enough money available; a capture of more than is held), '
-  'WA416 (a balance would pass 2^63-1); under a lock_timeout also 55P03, after WA409 (another transaction keeps '
-  'a wallet locked, or the operation_uuid in flight); 57014 (too late). '
+  'WA416 (a balance would pass 2^63-1); under a lock_timeout also 55P03, which ranks after WA409 (another transaction keeps '
+  'a wallet locked, or is applying the same operation_uuid); 57014 (too late). '
   'A refused operation leaves nothing behind.';

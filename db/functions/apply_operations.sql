@@ -4,16 +4,16 @@
 --
 -- An attempt is one block, and so one subtransaction: decide, insert. What it meets decides how the next one goes.
 --
--- A batch without duplicates pays nothing for them: it inserts, and looks up what is recorded already only when the unique
--- index objects, or when a refusal may be a repeat and must then hear that it exists. Whoever held one of the operation_uuids
--- has committed by then, because the insert waited for it, so each look-up that follows such an objection finds more of them
--- than the one before.
+-- A batch without duplicates pays nothing for them: it looks up recorded operations only after a unique violation, or when a
+-- refusal may be a repeat, which must get WA409. Whoever held one of the operation_uuids has committed by then, because the
+-- insert waited for it, so each look-up after a unique violation finds more of the recorded operation_uuids than the one before.
 --
--- Any other refusal (a constraint, a trigger, an operation_uuid that stays in flight) is due to one request, and the database
--- doesn't say to which. Both halves of the batch are then applied by themselves, one after the other, down to
+-- Any other refusal (a constraint, a trigger, an operation_uuid that stays in flight) is caused by one request, and the database
+-- doesn't say by which. Both halves of the batch are then applied by themselves, one after the other, down to
 -- that request. All wallets stay locked meanwhile. The second half inserts after the first, whatever its operation_uuids are: so
 -- without a lock_timeout a batch in halves can deadlock (40P01) with another that names the same operations for other wallets. Under
--- a lock_timeout halves wait for 1 ms, less than deadlock_timeout, and the request that waited is 55P03.
+-- a lock_timeout a half waits for another transaction for 1 ms, which is less than deadlock_timeout, and the request that had to
+-- wait gets 55P03.
 --
 -- An atomic batch is applied as any other, and all of it is taken back if any request was refused.
 --
@@ -644,9 +644,9 @@ comment on function wallet.apply_operations(text[], uuid[], text[], bigint[], te
   '(from 1), sqlstate and message (null: applied), same_request (whether what is recorded under its operation_uuid is this request: true for an applied one; '
   'null where nothing is recorded), and the row of the applied operation, or of the recorded one where the '
   'sqlstate is WA409 and it belongs to the same wallet. Outcomes per operation: WA400, WA404, WA409, WA424, WA410, WA405, WA403, WA422, WA402, WA416 as in apply_operation. '
-  'Also, for requests that were not applied and may be asked again: 55P03, under a lock_timeout, after WA409 (another transaction keeps a wallet '
-  'locked, or the operation_uuid in flight); and the SQLSTATE of whatever else the database refuses (a constraint, a trigger), its message in a WARNING. '
+  'Also, for requests that were not applied and may be asked again: 55P03, under a lock_timeout, which ranks after WA409 (another transaction keeps a wallet '
+  'locked, or is applying the same operation_uuid); and the SQLSTATE of whatever else the database refuses (a constraint, a trigger), its message in a WARNING. '
   'p_atomic: if any operation is refused, none is applied, and the outcome of those that would have been is WA425. '
   'Raises WA400 only for the arrays themselves (null, different lengths, more than one dimension) and a null p_atomic, 57014 (too late), 0A000 unless the transaction is read committed, '
-  'and, without a lock_timeout, 40P01 (nothing was applied: ask again) where one of two batches that name the same operation_uuids is applied in parts, '
-  'because the database refuses something in it or its clock was set back.';
+  'and, without a lock_timeout, 40P01 (nothing was applied: call again) if another batch names the same operation_uuids, and one of the two is applied in parts, '
+  'because the database refused one of its operations or the database''s clock was set back.';

@@ -26,5 +26,5 @@ as $$
 $$;
 
 comment on function wallet.argument_fault(text, uuid, text, bigint, text, uuid, timestamptz, jsonb) is
-  'Internal: any_argument_fault, without a call for a deposit, withdrawal or transfer that is well formed and has no metadata and no hold. '
+  'Internal: returns what any_argument_fault returns, but does not call it for a well-formed deposit, withdrawal or transfer without metadata and without a hold. '
   'No security definer and no search_path of its own, so that it is inlined into its callers, which have both.';

@@ -17,5 +17,5 @@ end
 $$;
 
 comment on function wallet.due_amount(text, timestamptz, timestamptz) is
-  'Internal: minor units, how much of what a wallet''s last row holds has expired by p_until (null: now), with no EXPIRE recorded yet. p_from: the created_at of that row. '
+  'Internal: the part of held_after in a wallet''s last row whose holds have expired by p_until (null: now), in minor units; their EXPIRE is not recorded yet. p_from: the created_at of that row. '
   'The view wallet.balance calls it with the rights of whoever reads that.';

@@ -29,6 +29,6 @@ $$;
 
 comment on function wallet.expire_holds(text, int) is
   'Records an EXPIRE for a wallet''s holds that have expired, at most p_limit (1 to 2^31-1), the earliest first, and returns how many. '
-  'Never required: an expired hold counts no longer, recorded or not, and the wallet''s next operation records it. '
+  'Never required: an expired hold no longer counts, whether its EXPIRE is recorded or not, and the wallet''s next operation records it. '
   'Raises WA400 (null or bad name, limit out of range), WA404 (no such wallet), 0A000 (another isolation level than read committed); '
   'under a lock_timeout also 55P03.';

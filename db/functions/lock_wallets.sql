@@ -1,10 +1,10 @@
 -- Without a lock_timeout the wallets are locked in the order of uuid, each waited for, so two calls that share wallets wait for each other
 -- in one direction only.
 --
--- Under a lock_timeout a call holds none of its wallets while it waits for one, so that nobody waits in vain for the others:
--- it takes what is free, and if anything is missed it lets go of all, waits for the missed wallet alone and, once it has
--- that one, takes the rest. Each wait has half of what is left of the lock_timeout, so that a wallet that
--- stays locked leaves some time for those that are merely busy; who wants a single wallet waits for it as any statement does.
+-- Under a lock_timeout a call holds no lock while it waits for one, so that nobody waits in vain for its other wallets. It locks
+-- what is free; if a wallet is missing, it releases all, waits for the missing one alone and, once it has that one, locks the
+-- rest. Each wait has half of what is left of the lock_timeout, so that a wallet that stays locked leaves some time for
+-- those that are merely busy. A call for a single wallet simply waits for it.
 create or replace function wallet.lock_wallets(
   p_wallet_uuids text[],
   out uuids text[],

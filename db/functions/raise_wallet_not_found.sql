@@ -15,5 +15,5 @@ end
 $$;
 
 comment on function wallet.raise_wallet_not_found(text, text) is
-  'Internal: says why no wallet was found under this name, or under one of these two. A wallet that exists has a good name, so names are looked '
-  'at only here. Raises WA400 (null or bad name) or WA404, always one of them.';
+  'Internal: says why no wallet was found under this name, or under one of these two. Existing wallets have valid names, so names are '
+  'validated only here. Raises WA400 (null or bad name) or WA404, always one of them.';

@@ -1,5 +1,5 @@
 -- An operation records all holds that are due at its moment, so those that are still open were not due at the moment of the wallet's last
--- row: the search starts there and never meets the dead entries of the holds before.
+-- row: the search starts there and skips the dead index entries of earlier holds.
 create or replace function wallet.record_expiries(p_wallet_uuid text, p_moment timestamptz, p_limit int default null)
 returns int
 language plpgsql security definer

@@ -1,5 +1,5 @@
--- The row is locked whether it is changed or not: a commit that wrote nothing waits for no synchronous standby, and a key that
--- was revoked before must be on it when this one is answered.
+-- The row is locked whether it is changed or not: a commit that wrote nothing waits for no synchronous standby, and an earlier
+-- revocation must be on the standby before this call is answered.
 create or replace function wallet.revoke_key(p_name text)
 returns table (name text, scopes text[], wallet_prefix text, created_at timestamptz, expires_at timestamptz, revoked_at timestamptz)
 language plpgsql security definer
@@ -29,5 +29,5 @@ end
 $$;
 
 comment on function wallet.revoke_key(text) is
-  'Revokes a key for good and returns it as list_keys does; again: the same row. Services refuse it within 5 seconds of the commit. '
+  'Revokes a key for good and returns its row as list_keys does; called again, it returns that row unchanged. Services refuse the key within 5 seconds of the commit. '
   'Raises WA400 (null or bad name), WA421 (no such key), 0A000 (another isolation level than read committed).';

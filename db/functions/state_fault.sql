@@ -23,5 +23,5 @@ $$;
 
 comment on function wallet.state_fault(text, bigint, text, bigint, text, text, bigint, text) is
   'Internal: the SQLSTATE for an operation that the state of its wallets does not allow (the first of WA405, WA403, WA422, WA402, WA416), else null. '
-  'p_balance: of a DEPOSIT the balance, of any other what the amount may be taken from. The payee''s state is null but for a TRANSFER. '
+  'p_balance: for a DEPOSIT the balance; for the other types what is available, for a capture the amount of its hold. The payee''s state is null except for a TRANSFER. '
   'No security definer and no search_path of its own, so that it is inlined into its callers, which have both.';

@@ -1,7 +1,7 @@
 -- One statement, so one snapshot: it may run beside any number of writers. What the constraints forbid is checked again,
 -- since whoever can tamper with rows can drop constraints too: hence the checks for nulls (`is distinct from`) and for duplicates.
--- New balances are numeric, so that no forged row can overflow them.
--- Nested loops are off: planned on a ledger whose statistics are old, they compared each hold with each end of one.
+-- Expected balances are numeric, so that no forged row can overflow them.
+-- Nested loops are off: planned on a ledger whose statistics are old, they compared every hold with every end of a hold.
 create or replace function wallet.verify()
 returns table (invariant text, wallet_uuid text, seq bigint, detail text)
 language sql stable parallel safe security definer

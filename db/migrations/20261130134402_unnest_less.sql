@@ -61,15 +61,15 @@ end
 $$;
 
 comment on function wallet.any_argument_fault(text, uuid, text, bigint, text, uuid, timestamptz, jsonb) is
-  'Internal: the message of WA400 for an operation that no wallet can accept, else null; wallet names are checked only once no wallet was found. '
+  'Internal: the message of WA400 for an operation that no wallet can accept, else null; wallet names are not checked here, but where no wallet of that name was found. '
   'The nil UUID (RFC 9562, section 5.9) is what an unset field looks like, so it names no operation. '
   'A function of its own, so that a session prepares its expressions only where it needs them.';
 
 -- The row locks on the wallets come first (see lock_wallets) and are held to the end of the transaction: they put the
 -- operations of a wallet in order, so nothing below them can race but the same operation_uuid on another wallet, where
 -- the unique index decides. The last rows are read by statements of their own, which see what the lock waited for.
--- The state is checked before duplicates, which costs a good operation nothing; one that fails looks whether it is a
--- repeat, which must get WA409.
+-- The state is checked first, so that a valid operation does not pay for a search for duplicates. A refused one is looked up: a
+-- repeat must get WA409.
 -- Whatever involves holds goes to apply_operations.
 -- A plain insert whose unique_violation is caught costs less than `insert ... on conflict do nothing`.
 -- Sequential scans are off, here and in what reads: a session keeps a plan that it made while the ledger was empty.
@@ -232,12 +232,12 @@ comment on function wallet.apply_operation(text, uuid, text, bigint, text, uuid,
   'not the nil UUID; p_operation_type: DEPOSIT, WITHDRAW, TRANSFER, HOLD or RELEASE; p_amount: minor units, 1 to 2^63-1, null for RELEASE; p_counterparty_uuid: the payee of a TRANSFER, '
   'else null; p_hold_uuid: the hold, that is the operation_uuid of a HOLD of this wallet, which a RELEASE ends, or from which a WITHDRAW or TRANSFER takes its amount '
   '(a capture: the hold ends, and what is left of it is available again); else null; p_expires_at: of a HOLD, from when on it counts no longer, '
-  'in the years 1 to 9999, or null; p_metadata: an object of at most 2,048 octets as text ({} is null); p_not_after: the last moment of the call by the database''s clock. '
+  'in the years 1 to 9999, or null; p_metadata: an object of at most 2,048 octets as text ({} is null); p_not_after: the caller''s deadline by the database''s clock. '
   'Raises, the first that applies: 0A000 (the transaction is not read committed), WA400 (bad argument), WA404 (no such wallet), WA409 (the operation exists, on whichever wallet), '
   'WA424 (this wallet has no such hold), WA410 (the hold is captured, released or expired, or a new HOLD''s p_expires_at has passed), '
   'WA405 (a wallet is closed), WA403 (the wallet is frozen), WA422 (the wallets'' currencies differ), WA402 (not enough money available; a capture of more than is held), '
-  'WA416 (a balance would pass 2^63-1); under a lock_timeout also 55P03, after WA409 (another transaction keeps '
-  'a wallet locked, or the operation_uuid in flight); 57014 (too late). '
+  'WA416 (a balance would pass 2^63-1); under a lock_timeout also 55P03, which ranks after WA409 (another transaction keeps '
+  'a wallet locked, or is applying the same operation_uuid); 57014 (too late). '
   'A refused operation leaves nothing behind.';
 
 -- Every wallet of the batch is locked first, and then every insert goes in the order of operation_uuid: two batches that share
@@ -246,16 +246,16 @@ comment on function wallet.apply_operation(text, uuid, text, bigint, text, uuid,
 --
 -- An attempt is one block, and so one subtransaction: decide, insert. What it meets decides how the next one goes.
 --
--- A batch without duplicates pays nothing for them: it inserts, and looks up what is recorded already only when the unique
--- index objects, or when a refusal may be a repeat and must then hear that it exists. Whoever held one of the operation_uuids
--- has committed by then, because the insert waited for it, so each look-up that follows such an objection finds more of them
--- than the one before.
+-- A batch without duplicates pays nothing for them: it looks up recorded operations only after a unique violation, or when a
+-- refusal may be a repeat, which must get WA409. Whoever held one of the operation_uuids has committed by then, because the
+-- insert waited for it, so each look-up after a unique violation finds more of the recorded operation_uuids than the one before.
 --
--- Any other refusal (a constraint, a trigger, an operation_uuid that stays in flight) is due to one request, and the database
--- doesn't say to which. Both halves of the batch are then applied by themselves, one after the other, down to
+-- Any other refusal (a constraint, a trigger, an operation_uuid that stays in flight) is caused by one request, and the database
+-- doesn't say by which. Both halves of the batch are then applied by themselves, one after the other, down to
 -- that request. All wallets stay locked meanwhile. The second half inserts after the first, whatever its operation_uuids are: so
 -- without a lock_timeout a batch in halves can deadlock (40P01) with another that names the same operations for other wallets. Under
--- a lock_timeout halves wait for 1 ms, less than deadlock_timeout, and the request that waited is 55P03.
+-- a lock_timeout a half waits for another transaction for 1 ms, which is less than deadlock_timeout, and the request that had to
+-- wait gets 55P03.
 --
 -- An atomic batch is applied as any other, and all of it is taken back if any request was refused.
 --
@@ -886,12 +886,12 @@ comment on function wallet.apply_operations(text[], uuid[], text[], bigint[], te
   '(from 1), sqlstate and message (null: applied), same_request (whether what is recorded under its operation_uuid is this request: true for an applied one; '
   'null where nothing is recorded), and the row of the applied operation, or of the recorded one where the '
   'sqlstate is WA409 and it belongs to the same wallet. Outcomes per operation: WA400, WA404, WA409, WA424, WA410, WA405, WA403, WA422, WA402, WA416 as in apply_operation. '
-  'Also, for requests that were not applied and may be asked again: 55P03, under a lock_timeout, after WA409 (another transaction keeps a wallet '
-  'locked, or the operation_uuid in flight); and the SQLSTATE of whatever else the database refuses (a constraint, a trigger), its message in a WARNING. '
+  'Also, for requests that were not applied and may be asked again: 55P03, under a lock_timeout, which ranks after WA409 (another transaction keeps a wallet '
+  'locked, or is applying the same operation_uuid); and the SQLSTATE of whatever else the database refuses (a constraint, a trigger), its message in a WARNING. '
   'p_atomic: if any operation is refused, none is applied, and the outcome of those that would have been is WA425. '
   'Raises WA400 only for the arrays themselves (null, different lengths, more than one dimension) and a null p_atomic, 57014 (too late), 0A000 unless the transaction is read committed, '
-  'and, without a lock_timeout, 40P01 (nothing was applied: ask again) where one of two batches that name the same operation_uuids is applied in parts, '
-  'because the database refuses something in it or its clock was set back.';
+  'and, without a lock_timeout, 40P01 (nothing was applied: call again) if another batch names the same operation_uuids, and one of the two is applied in parts, '
+  'because the database refused one of its operations or the database''s clock was set back.';
 
 create or replace function wallet.apply_request(
   p_wallet_uuid text,
@@ -966,7 +966,7 @@ as $$
 $$;
 
 comment on function wallet.argument_fault(text, uuid, text, bigint, text, uuid, timestamptz, jsonb) is
-  'Internal: any_argument_fault, without a call for a deposit, withdrawal or transfer that is well formed and has no metadata and no hold. '
+  'Internal: returns what any_argument_fault returns, but does not call it for a well-formed deposit, withdrawal or transfer without metadata and without a hold. '
   'No security definer and no search_path of its own, so that it is inlined into its callers, which have both.';
 
 -- Only the caller gets the secret. It is made, hashed and returned by PL/pgSQL expressions, whose values are never logged. A value that
@@ -1045,7 +1045,7 @@ end
 $$;
 
 comment on function wallet.due_amount(text, timestamptz, timestamptz) is
-  'Internal: minor units, how much of what a wallet''s last row holds has expired by p_until (null: now), with no EXPIRE recorded yet. p_from: the created_at of that row. '
+  'Internal: the part of held_after in a wallet''s last row whose holds have expired by p_until (null: now), in minor units; their EXPIRE is not recorded yet. p_from: the created_at of that row. '
   'The view wallet.balance calls it with the rights of whoever reads that.';
 
 create or replace function wallet.expire_holds(p_wallet_uuid text, p_limit int default 1000)
@@ -1079,7 +1079,7 @@ $$;
 
 comment on function wallet.expire_holds(text, int) is
   'Records an EXPIRE for a wallet''s holds that have expired, at most p_limit (1 to 2^31-1), the earliest first, and returns how many. '
-  'Never required: an expired hold counts no longer, recorded or not, and the wallet''s next operation records it. '
+  'Never required: an expired hold no longer counts, whether its EXPIRE is recorded or not, and the wallet''s next operation records it. '
   'Raises WA400 (null or bad name, limit out of range), WA404 (no such wallet), 0A000 (another isolation level than read committed); '
   'under a lock_timeout also 55P03.';
 
@@ -1252,6 +1252,103 @@ comment on function wallet.list_holds(text, bigint, int) is
   'The next page starts after the last row''s seq; after a page with fewer than p_limit rows there is none. '
   'Raises WA400 (null or bad name, limit or seq out of range), WA404 (no such wallet).';
 
+-- Without a lock_timeout the wallets are locked in the order of uuid, each waited for, so two calls that share wallets wait for each other
+-- in one direction only.
+--
+-- Under a lock_timeout a call holds no lock while it waits for one, so that nobody waits in vain for its other wallets. It locks
+-- what is free; if a wallet is missing, it releases all, waits for the missing one alone and, once it has that one, locks the
+-- rest. Each wait has half of what is left of the lock_timeout, so that a wallet that stays locked leaves some time for
+-- those that are merely busy. A call for a single wallet simply waits for it.
+create or replace function wallet.lock_wallets(
+  p_wallet_uuids text[],
+  out uuids text[],
+  out statuses text[],
+  out currencies text[],
+  out missed text[]
+)
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan
+set enable_seqscan = off
+set jit = off
+as $$
+declare
+  v_patience interval := current_setting('lock_timeout')::interval; -- 0: without end
+  v_names text[];
+  v_until timestamptz;
+  v_awaited text;
+  v_waiting boolean := false;
+  v_stuck text[] := '{}'; -- waited for in vain
+begin
+  if v_patience = '0' then
+    missed := '{}';
+    select array_agg(l.uuid), array_agg(l.status), array_agg(l.currency)
+    into uuids, statuses, currencies
+    from (
+      select w.uuid, w.status, w.currency
+      from wallet.wallet as w
+      where w.uuid = any(p_wallet_uuids)
+      order by w.uuid
+      for no key update
+    ) as l;
+    return;
+  end if;
+
+  if p_wallet_uuids = array_fill(p_wallet_uuids[1], array[cardinality(p_wallet_uuids)]) then
+    v_names := p_wallet_uuids[:1];
+  else
+    v_names := array(select distinct n.name from unnest(p_wallet_uuids) as n (name) where n.name is not null);
+  end if;
+
+  loop
+    begin
+      if v_awaited is not null then
+        v_waiting := true;
+        perform wallet.wait_for_wallet(
+          v_awaited, (v_until - clock_timestamp()) * case when cardinality(v_names) = 1 then 1 else 0.5 end
+        );
+        v_waiting := false;
+      end if;
+
+      missed := '{}';
+      select array_agg(l.uuid), array_agg(l.status), array_agg(l.currency)
+      into uuids, statuses, currencies
+      from (
+        select w.uuid, w.status, w.currency
+        from wallet.wallet as w
+        where w.uuid = any(v_names)
+        order by w.uuid
+        for no key update skip locked
+      ) as l;
+
+      exit when cardinality(uuids) = cardinality(v_names);
+
+      missed := array(
+        select w.uuid
+        from wallet.wallet as w
+        where w.uuid = any(array(select unnest(v_names) except select unnest(uuids)))
+        order by w.uuid
+      );
+      v_until := coalesce(v_until, clock_timestamp() + v_patience);
+      v_awaited := (select m.name from unnest(missed) as m (name) where m.name <> all(v_stuck) limit 1);
+
+      exit when v_awaited is null or clock_timestamp() >= v_until;
+      raise lock_not_available; -- lets go of all
+    exception when lock_not_available then
+      if v_waiting then
+        v_stuck := v_stuck || v_awaited;
+        v_awaited := null;
+        v_waiting := false;
+      end if;
+    end;
+  end loop;
+end
+$$;
+
+comment on function wallet.lock_wallets(text[]) is
+  'Internal: locks wallets to the end of the transaction. Returns those that it has locked, in the order of uuid (null: none), with their status and currency, '
+  'and in missed those that exist and, under a lock_timeout, stayed locked by another transaction. Names may repeat, be null, or name no wallet.';
+
 create or replace function wallet.name_fault(p_wallet_uuid text)
 returns text
 language sql immutable
@@ -1291,10 +1388,121 @@ end
 $$;
 
 comment on function wallet.raise_too_late() is
-  'For services older than p_not_after: takes back the statement that calls it, because its last moment has passed: '
+  'For services older than p_not_after: makes the statement that calls it fail, and so be rolled back, because its deadline has passed: '
   'select ... from wallet.apply_operations(...) where case when clock_timestamp() < $5 then true else wallet.raise_too_late() end. '
   'The clock is read after apply_operations has run, however long it waited for a lock, and a call that is in time holds its locks '
   'until it is committed. Raises 57014 (query_canceled), always.';
+
+create or replace function wallet.raise_wallet_not_found(p_wallet_uuid text, p_counterparty_uuid text default null)
+returns void
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_fault text := wallet.names_fault(p_wallet_uuid, p_counterparty_uuid);
+begin
+  if v_fault is not null then
+    raise sqlstate 'WA400' using message = v_fault;
+  end if;
+
+  raise sqlstate 'WA404' using message = wallet.fault_message('WA404');
+end
+$$;
+
+comment on function wallet.raise_wallet_not_found(text, text) is
+  'Internal: says why no wallet was found under this name, or under one of these two. Existing wallets have valid names, so names are '
+  'validated only here. Raises WA400 (null or bad name) or WA404, always one of them.';
+
+-- An operation records all holds that are due at its moment, so those that are still open were not due at the moment of the wallet's last
+-- row: the search starts there and skips the dead index entries of earlier holds.
+create or replace function wallet.record_expiries(p_wallet_uuid text, p_moment timestamptz, p_limit int default null)
+returns int
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan
+set enable_seqscan = off
+set jit = off
+as $$
+declare
+  v_last wallet.operation;
+  v_until timestamptz;
+  v_seq bigint := 9223372036854775807;
+  v_count int;
+begin
+  select o.* into v_last
+  from wallet.operation as o
+  where o.wallet_uuid = p_wallet_uuid
+  order by o.seq desc
+  limit 1;
+
+  v_until := greatest(p_moment, v_last.created_at);
+  if p_limit is not null then
+    select h.expires_at, h.seq into v_until, v_seq
+    from (
+      select h.expires_at, h.seq
+      from wallet.hold as h
+      where h.wallet_uuid = p_wallet_uuid and h.expires_at >= v_last.created_at and h.expires_at <= v_until
+      order by h.expires_at, h.seq
+      limit p_limit
+    ) as h
+    order by h.expires_at desc, h.seq desc
+    limit 1;
+  end if;
+
+  with due as (
+    delete from wallet.hold as h
+    where h.wallet_uuid = p_wallet_uuid and h.expires_at >= v_last.created_at and (h.expires_at, h.seq) <= (v_until, v_seq)
+    returning h.hold_uuid, h.seq, h.amount, h.expires_at
+  )
+  insert into wallet.operation
+    (wallet_uuid, operation_type, operation_uuid, seq, amount, balance_after, created_at, held_after, hold_uuid)
+  select
+    p_wallet_uuid, 'EXPIRE', d.hold_uuid, v_last.seq + row_number() over by_time, d.amount, v_last.balance_after, d.expires_at,
+    v_last.held_after - sum(d.amount) over by_time, d.hold_uuid
+  from due as d
+  window by_time as (order by d.expires_at, d.seq);
+
+  get diagnostics v_count = row_count;
+  return v_count;
+end
+$$;
+
+comment on function wallet.record_expiries(text, timestamptz, int) is
+  'Internal: records an EXPIRE for each hold of a locked wallet that is due at a moment (the first p_limit of them; null: all) and returns how many.';
+
+-- The row is locked whether it is changed or not: a commit that wrote nothing waits for no synchronous standby, and an earlier
+-- revocation must be on the standby before this call is answered.
+create or replace function wallet.revoke_key(p_name text)
+returns table (name text, scopes text[], wallet_prefix text, created_at timestamptz, expires_at timestamptz, revoked_at timestamptz)
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if current_setting('transaction_isolation') not in ('read committed', 'read uncommitted') then
+    perform wallet.raise_isolation_level();
+  elsif wallet.name_fault(p_name) is not null then
+    raise sqlstate 'WA400' using message = replace(wallet.name_fault(p_name), 'wallet_uuid', 'name');
+  end if;
+
+  update wallet.key as k
+  set revoked_at = clock_timestamp()
+  where k.name = p_name and k.revoked_at is null;
+
+  return query
+  select k.name, k.scopes, k.wallet_prefix, k.created_at, k.expires_at, k.revoked_at
+  from wallet.key as k
+  where k.name = p_name
+  for no key update;
+
+  if not found then
+    raise sqlstate 'WA421' using message = wallet.fault_message('WA421');
+  end if;
+end
+$$;
+
+comment on function wallet.revoke_key(text) is
+  'Revokes a key for good and returns its row as list_keys does; called again, it returns that row unchanged. Services refuse the key within 5 seconds of the commit. '
+  'Raises WA400 (null or bad name), WA421 (no such key), 0A000 (another isolation level than read committed).';
 
 -- A wallet's created_at never goes back, so its history is in the order of time as well as of seq: a binary search, which
 -- reads about log2(length) rows. The newest row is looked at first, because most
@@ -1372,13 +1580,13 @@ $$;
 
 comment on function wallet.state_fault(text, bigint, text, bigint, text, text, bigint, text) is
   'Internal: the SQLSTATE for an operation that the state of its wallets does not allow (the first of WA405, WA403, WA422, WA402, WA416), else null. '
-  'p_balance: of a DEPOSIT the balance, of any other what the amount may be taken from. The payee''s state is null but for a TRANSFER. '
+  'p_balance: for a DEPOSIT the balance; for the other types what is available, for a capture the amount of its hold. The payee''s state is null except for a TRANSFER. '
   'No security definer and no search_path of its own, so that it is inlined into its callers, which have both.';
 
 -- One statement, so one snapshot: it may run beside any number of writers. What the constraints forbid is checked again,
 -- since whoever can tamper with rows can drop constraints too: hence the checks for nulls (`is distinct from`) and for duplicates.
--- New balances are numeric, so that no forged row can overflow them.
--- Nested loops are off: planned on a ledger whose statistics are old, they compared each hold with each end of one.
+-- Expected balances are numeric, so that no forged row can overflow them.
+-- Nested loops are off: planned on a ledger whose statistics are old, they compared every hold with every end of a hold.
 create or replace function wallet.verify()
 returns table (invariant text, wallet_uuid text, seq bigint, detail text)
 language sql stable parallel safe security definer
@@ -2857,6 +3065,103 @@ comment on function wallet.list_holds(text, bigint, int) is
   'The next page starts after the last row''s seq; after a page with fewer than p_limit rows there is none. '
   'Raises WA400 (null or bad name, limit or seq out of range), WA404 (no such wallet).';
 
+-- Without a lock_timeout the wallets are locked in the order of uuid, each waited for, so two calls that share wallets wait for each other
+-- in one direction only.
+--
+-- Under a lock_timeout a call holds none of its wallets while it waits for one, so that nobody waits in vain for the others:
+-- it takes what is free, and if anything is missed it lets go of all, waits for the missed wallet alone and, once it has
+-- that one, takes the rest. Each wait has half of what is left of the lock_timeout, so that a wallet that
+-- stays locked leaves some time for those that are merely busy; who wants a single wallet waits for it as any statement does.
+create or replace function wallet.lock_wallets(
+  p_wallet_uuids text[],
+  out uuids text[],
+  out statuses text[],
+  out currencies text[],
+  out missed text[]
+)
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan
+set enable_seqscan = off
+set jit = off
+as $$
+declare
+  v_patience interval := current_setting('lock_timeout')::interval; -- 0: without end
+  v_names text[];
+  v_until timestamptz;
+  v_awaited text;
+  v_waiting boolean := false;
+  v_stuck text[] := '{}'; -- waited for in vain
+begin
+  if v_patience = '0' then
+    missed := '{}';
+    select array_agg(l.uuid), array_agg(l.status), array_agg(l.currency)
+    into uuids, statuses, currencies
+    from (
+      select w.uuid, w.status, w.currency
+      from wallet.wallet as w
+      where w.uuid = any(p_wallet_uuids)
+      order by w.uuid
+      for no key update
+    ) as l;
+    return;
+  end if;
+
+  if p_wallet_uuids = array_fill(p_wallet_uuids[1], array[cardinality(p_wallet_uuids)]) then
+    v_names := p_wallet_uuids[:1];
+  else
+    v_names := array(select distinct n.name from unnest(p_wallet_uuids) as n (name) where n.name is not null);
+  end if;
+
+  loop
+    begin
+      if v_awaited is not null then
+        v_waiting := true;
+        perform wallet.wait_for_wallet(
+          v_awaited, (v_until - clock_timestamp()) * case when cardinality(v_names) = 1 then 1 else 0.5 end
+        );
+        v_waiting := false;
+      end if;
+
+      missed := '{}';
+      select array_agg(l.uuid), array_agg(l.status), array_agg(l.currency)
+      into uuids, statuses, currencies
+      from (
+        select w.uuid, w.status, w.currency
+        from wallet.wallet as w
+        where w.uuid = any(v_names)
+        order by w.uuid
+        for no key update skip locked
+      ) as l;
+
+      exit when cardinality(uuids) = cardinality(v_names);
+
+      missed := array(
+        select w.uuid
+        from wallet.wallet as w
+        where w.uuid = any(array(select unnest(v_names) except select unnest(uuids)))
+        order by w.uuid
+      );
+      v_until := coalesce(v_until, clock_timestamp() + v_patience);
+      v_awaited := (select m.name from unnest(missed) as m (name) where m.name <> all(v_stuck) limit 1);
+
+      exit when v_awaited is null or clock_timestamp() >= v_until;
+      raise lock_not_available; -- lets go of all
+    exception when lock_not_available then
+      if v_waiting then
+        v_stuck := v_stuck || v_awaited;
+        v_awaited := null;
+        v_waiting := false;
+      end if;
+    end;
+  end loop;
+end
+$$;
+
+comment on function wallet.lock_wallets(text[]) is
+  'Internal: locks wallets to the end of the transaction. Returns those that it has locked, in the order of uuid (null: none), with their status and currency, '
+  'and in missed those that exist and, under a lock_timeout, stayed locked by another transaction. Names may repeat, be null, or name no wallet.';
+
 create or replace function wallet.name_fault(p_wallet_uuid text)
 returns text
 language sql immutable
@@ -2900,6 +3205,117 @@ comment on function wallet.raise_too_late() is
   'select ... from wallet.apply_operations(...) where case when clock_timestamp() < $5 then true else wallet.raise_too_late() end. '
   'The clock is looked at when the function has run, however long it waited for a lock, and a call that is in time holds its locks '
   'until it is committed. Raises 57014 (query_canceled), always.';
+
+create or replace function wallet.raise_wallet_not_found(p_wallet_uuid text, p_counterparty_uuid text default null)
+returns void
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_fault text := wallet.names_fault(p_wallet_uuid, p_counterparty_uuid);
+begin
+  if v_fault is not null then
+    raise sqlstate 'WA400' using message = v_fault;
+  end if;
+
+  raise sqlstate 'WA404' using message = wallet.fault_message('WA404');
+end
+$$;
+
+comment on function wallet.raise_wallet_not_found(text, text) is
+  'Internal: says why no wallet was found under this name, or under one of these two. A wallet that exists has a good name, so names are looked '
+  'at only here. Raises WA400 (null or bad name) or WA404, always one of them.';
+
+-- An operation records all holds that are due at its moment, so those that are still open were not due at the moment of the wallet's last
+-- row: the search starts there and never meets the dead entries of the holds before.
+create or replace function wallet.record_expiries(p_wallet_uuid text, p_moment timestamptz, p_limit int default null)
+returns int
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan
+set enable_seqscan = off
+set jit = off
+as $$
+declare
+  v_last wallet.operation;
+  v_until timestamptz;
+  v_seq bigint := 9223372036854775807;
+  v_count int;
+begin
+  select o.* into v_last
+  from wallet.operation as o
+  where o.wallet_uuid = p_wallet_uuid
+  order by o.seq desc
+  limit 1;
+
+  v_until := greatest(p_moment, v_last.created_at);
+  if p_limit is not null then
+    select h.expires_at, h.seq into v_until, v_seq
+    from (
+      select h.expires_at, h.seq
+      from wallet.hold as h
+      where h.wallet_uuid = p_wallet_uuid and h.expires_at >= v_last.created_at and h.expires_at <= v_until
+      order by h.expires_at, h.seq
+      limit p_limit
+    ) as h
+    order by h.expires_at desc, h.seq desc
+    limit 1;
+  end if;
+
+  with due as (
+    delete from wallet.hold as h
+    where h.wallet_uuid = p_wallet_uuid and h.expires_at >= v_last.created_at and (h.expires_at, h.seq) <= (v_until, v_seq)
+    returning h.hold_uuid, h.seq, h.amount, h.expires_at
+  )
+  insert into wallet.operation
+    (wallet_uuid, operation_type, operation_uuid, seq, amount, balance_after, created_at, held_after, hold_uuid)
+  select
+    p_wallet_uuid, 'EXPIRE', d.hold_uuid, v_last.seq + row_number() over by_time, d.amount, v_last.balance_after, d.expires_at,
+    v_last.held_after - sum(d.amount) over by_time, d.hold_uuid
+  from due as d
+  window by_time as (order by d.expires_at, d.seq);
+
+  get diagnostics v_count = row_count;
+  return v_count;
+end
+$$;
+
+comment on function wallet.record_expiries(text, timestamptz, int) is
+  'Internal: records an EXPIRE for each hold of a locked wallet that is due at a moment (the first p_limit of them; null: all) and returns how many.';
+
+-- The row is locked whether it is changed or not: a commit that wrote nothing waits for no synchronous standby, and a key that
+-- was revoked before must be on it when this one is answered.
+create or replace function wallet.revoke_key(p_name text)
+returns table (name text, scopes text[], wallet_prefix text, created_at timestamptz, expires_at timestamptz, revoked_at timestamptz)
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if current_setting('transaction_isolation') not in ('read committed', 'read uncommitted') then
+    perform wallet.raise_isolation_level();
+  elsif wallet.name_fault(p_name) is not null then
+    raise sqlstate 'WA400' using message = replace(wallet.name_fault(p_name), 'wallet_uuid', 'name');
+  end if;
+
+  update wallet.key as k
+  set revoked_at = clock_timestamp()
+  where k.name = p_name and k.revoked_at is null;
+
+  return query
+  select k.name, k.scopes, k.wallet_prefix, k.created_at, k.expires_at, k.revoked_at
+  from wallet.key as k
+  where k.name = p_name
+  for no key update;
+
+  if not found then
+    raise sqlstate 'WA421' using message = wallet.fault_message('WA421');
+  end if;
+end
+$$;
+
+comment on function wallet.revoke_key(text) is
+  'Revokes a key for good and returns it as list_keys does; again: the same row. Services refuse it within 5 seconds of the commit. '
+  'Raises WA400 (null or bad name), WA421 (no such key), 0A000 (another isolation level than read committed).';
 
 -- A wallet's created_at never goes back, so its history is in the order of time as well as of seq: a binary search, which
 -- reads one row for each power of two in the length of the history. The newest row is looked at first, because most

@@ -21,7 +21,7 @@ from tests.proxy import Postgres, Proxy
 @pytest.fixture
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let calls wait for locked wallets past their deadline: most tests lock a wallet to keep a lane busy."""
-    monkeypatch.setattr(line, "LOCK_SHARE", 1000)
+    monkeypatch.setattr(line, "LOCK_PART", 1000)
     monkeypatch.setattr(line, "LOCK_TIMEOUT", 3600)
 
 

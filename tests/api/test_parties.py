@@ -157,7 +157,7 @@ async def test_places_are_lent_by_turns_and_none_is_lost() -> None:
         assert places.waiting() == 0
 
 
-async def test_while_in_company_a_party_has_its_share_of_the_places_only_and_all_of_them_afterwards() -> None:
+async def test_while_in_contention_a_party_has_its_share_of_the_places_only_and_all_of_them_afterwards() -> None:
     most, had = [2], list[str]()
     places, done = Places(8, lambda: most[0]), asyncio.Event()
 
@@ -208,11 +208,11 @@ async def test_a_deadline_that_has_passed_is_its_own_affair() -> None:
     lane.close()
 
 
-@pytest.mark.parametrize("in_company", [False, True])
-async def test_short_steps_follow_each_other_at_once_out_of_company(in_company: bool) -> None:
+@pytest.mark.parametrize("in_contention", [False, True])
+async def test_short_steps_follow_each_other_at_once_without_contention(in_contention: bool) -> None:
     """By medians: a busy machine may stop a process for longer than all of its steps take."""
     parties = Parties(1)
-    parties.in_company = lambda: in_company  # type: ignore[method-assign]
+    parties.in_contention = lambda: in_contention  # type: ignore[method-assign]
     turns, begun, ended = Turns(parties), list[float](), list[float]()
 
     def step() -> None:
@@ -224,7 +224,7 @@ async def test_short_steps_follow_each_other_at_once_out_of_company(in_company: 
         await turns.take(step)
     steps = statistics.median(end - begin for begin, end in zip(begun, ended, strict=True))
     pauses = statistics.median(begin - end for begin, end in zip(begun[1:], ended, strict=False))
-    assert (pauses > steps / 2) == in_company
+    assert (pauses > steps / 2) == in_contention
 
 
 async def test_a_step_that_fails_leaves_its_place_to_the_next_one() -> None:
@@ -252,14 +252,14 @@ def test_a_party_has_as_much_as_it_leaves_and_without_parties_all_may_be_had() -
     PARTY.set("")
 
 
-async def test_parties_are_in_company_for_a_moment_after_another_has_asked() -> None:
+async def test_parties_are_in_contention_for_a_moment_after_another_has_asked() -> None:
     parties = Parties(1000)
-    for who, company in (("a", False), ("a", False), ("b", True), ("b", True), ("a", True)):
+    for who, contention in (("a", False), ("a", False), ("b", True), ("b", True), ("a", True)):
         await parties.enter(who)
-        assert parties.in_company() is company
+        assert parties.in_contention() is contention
 
 
-async def test_in_company_requests_come_in_by_turns_a_few_at_a_time() -> None:
+async def test_in_contention_requests_come_in_by_turns_a_few_at_a_time() -> None:
     parties, came = Parties(1000), list[str]()
 
     async def ask(who: str) -> None:
@@ -466,7 +466,7 @@ async def test_large_bodies_of_one_key_leave_room_for_those_of_another(
     await are_answered(bulk(client, "flood", "w", 0, 2 * MIB))
 
 
-# Large requests in company
+# Large requests in contention
 
 
 @pytest.mark.parametrize("lost", [0, 8])

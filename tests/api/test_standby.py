@@ -62,7 +62,7 @@ def away(standby: Postgres) -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def impatience(monkeypatch: pytest.MonkeyPatch, patience: None) -> None:
     """Let calls wait for locked wallets no longer than they do in service."""
-    monkeypatch.setattr(line, "LOCK_SHARE", 0.03)
+    monkeypatch.setattr(line, "LOCK_PART", 0.03)
 
 
 @contextlib.asynccontextmanager
