@@ -78,13 +78,17 @@ def catalogue(connection: psycopg.Connection) -> dict[str, list[Any]]:
 
 def dbmate(url: str, form: str, *options: str) -> None:
     """Run a command of the README on the database of this URL."""
-    subprocess.run(
-        [DBMATE, "--env-file", "dbmate.env", *options, *FORMS[form]],
-        cwd=CHECKOUT,
-        env={**os.environ, "DATABASE_URL": url},
-        check=True,
-        capture_output=True,
-    )
+    try:
+        subprocess.run(
+            [DBMATE, "--env-file", "dbmate.env", *options, *FORMS[form]],
+            cwd=CHECKOUT,
+            env={**os.environ, "DATABASE_URL": url},
+            check=True,
+            capture_output=True,
+        )
+    except subprocess.CalledProcessError as error:
+        error.add_note(error.stderr.decode())
+        raise
 
 
 @pytest.fixture(scope="module")
