@@ -36,7 +36,7 @@ class Parties:
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._in_flight: Counter[str] = Counter()
+        self._in_flight: dict[str, int] = {}
         self._last = ""
         self._changed = 0.0
         self._arrived: ByTurns[asyncio.Future[None]] = ByTurns()
@@ -50,11 +50,12 @@ class Parties:
             if self._last:
                 self._changed = asyncio.get_running_loop().time()
             self._last = party
-        if self._in_flight[party] >= self._limit:
+        in_flight = self._in_flight.get(party, 0)
+        if in_flight >= self._limit:
             await asyncio.sleep(REFUSAL_PAUSE)
             await self._turn(party)
             raise Overloaded(f"This key has {self._limit} requests in flight already")
-        self._in_flight[party] += 1
+        self._in_flight[party] = in_flight + 1
         if self.in_contention():
             try:
                 await self._turn(party)
@@ -64,8 +65,9 @@ class Parties:
 
     def leave(self, party: str) -> None:
         """Count a request as answered."""
-        self._in_flight[party] -= 1
-        if not self._in_flight[party]:
+        if left := self._in_flight[party] - 1:
+            self._in_flight[party] = left
+        else:
             del self._in_flight[party]
 
     def in_contention(self) -> bool:

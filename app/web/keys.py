@@ -76,7 +76,7 @@ class Keys:
             return ANYBODY
         given = request.headers.getall(hdrs.AUTHORIZATION, ())
         key = self._lately.get(given[0]) if len(given) == 1 else None
-        if key is None or time.monotonic() >= min(key.until, self._trusted_until):
+        if key is None or (now := time.monotonic()) >= self._trusted_until or now >= key.until:
             key = await self._identify(given)
         PARTY.set(key.name)
         if key.scopes.isdisjoint(scopes):
