@@ -306,16 +306,16 @@ class Lane:
 class Siding(Lane):
     """The lane for wallets that are in trouble. A call takes, for each of them, the requests of one client only.
 
-    A request for such a wallet delays the others in its call. The wallet that was tried longest ago comes first, and
-    of its requests those that were not tried yet: neither a wallet that many wait for nor a transfer to it may keep
-    another from showing that it is free.
+    A request for such a wallet delays the others in its call. Requests that need the same wallets in trouble form a
+    group. The group that was tried longest ago comes first, and of its requests those that were not tried yet: a wallet
+    that many wait for must not keep another from showing that it is free.
     """
 
     def __init__(self, limit: int, deadline: float, trouble: Trouble, parties: Parties) -> None:
         super().__init__("siding", BULK_BATCH, limit, deadline, trouble, parties, SIDING_HEADROOM)
         self._troubled = False
-        self._tried: dict[str, float] = {}
-        """When wallets in trouble were in a call, on the loop's clock."""
+        self._tried: dict[frozenset[str], float] = {}
+        """When each group was last in a call, on the loop's clock, by its wallets in trouble."""
 
     async def apply_apart(self, requests: Sequence[Request], until: float) -> list[Outcome]:
         """Apply a client's requests, trying again what is locked, and return their outcomes in order.
@@ -382,10 +382,9 @@ class Siding(Lane):
         now = self._loop.time()
         least = now + self._headroom
 
-        def turn(waiting: Waiting) -> tuple[bool, float, int, float, float]:
-            troubled = waiting.wallets & trouble
-            last = max((self._tried.get(wallet, 0) for wallet in troubled), default=0)
-            return bool(troubled) is self._troubled, last, len(troubled), waiting.tried, waiting.until
+        def turn(waiting: Waiting) -> tuple[bool, float, float, float]:
+            group = waiting.wallets & trouble
+            return bool(group) is self._troubled, self._tried.get(group, 0), waiting.tried, waiting.until
 
         for waiting in sorted(self._waiting, key=turn):
             alone = waiting.atomic or not refusals.isdisjoint(waiting.wallets)
@@ -400,8 +399,8 @@ class Siding(Lane):
                 met |= waiting.wallets & trouble
                 room = 0 if alone else room - len(waiting.requests)
         self._troubled = bool(met)
-        self._tried = {wallet: moment for wallet, moment in self._tried.items() if wallet in trouble}
-        self._tried |= dict.fromkeys(met, now)
+        self._tried = {group: moment for group, moment in self._tried.items() if moment > now - self._deadline}
+        self._tried |= {group: now for waiting in taken if (group := waiting.wallets & trouble)}
         self._waiting = ByTurns()
         for waiting in sorted(left, key=_until):
             self._waiting.add(waiting.party, waiting)

@@ -53,7 +53,8 @@ class Parties:
         in_flight = self._in_flight.get(party, 0)
         if in_flight >= self._limit:
             await asyncio.sleep(REFUSAL_PAUSE)
-            await self._turn(party)
+            if self.in_contention():
+                await self._turn(party)
             raise Overloaded(f"This key has {self._limit} requests in flight already")
         self._in_flight[party] = in_flight + 1
         if self.in_contention():

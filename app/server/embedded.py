@@ -199,9 +199,9 @@ class Postgres:
         raise StartupError(f"the data folder {self.home} is in use by another wallet service")
 
     def _make_run_dir(self) -> Path:
-        """Make a folder in /tmp: it has the socket's, owned by the server's user, and a file that names the home.
+        """Make a folder in /tmp that holds the socket's, which the server's user owns, and a file that names the home.
 
-        It stays our own: what we put there, the other user cannot replace.
+        The outer folder stays our own: what we put there, the other user cannot replace.
         """
         run_dir = Path(tempfile.mkdtemp(prefix=Path(RUN_PREFIX).name, dir=Path(RUN_PREFIX).parent))
         assert self._folder is not None

@@ -1,4 +1,4 @@
-"""Which web pages may send requests: this service's own, and those of ALLOWED_HOSTS. Any page may link to /docs.
+"""Which web pages may send requests: this service's own, under any of its names. Any page may link to /docs.
 
 A browser sends requests wherever any page tells it to, also to addresses that only this machine can reach. It says
 which page was the cause: Sec-Fetch-Site (W3C Fetch Metadata Request Headers), Origin (RFC 6454), and in Host the name
