@@ -130,8 +130,10 @@ def without_password(url: str) -> tuple[str, str | None]:
 def _options(text: str) -> dict[str, str]:
     """Return what stands behind the question mark, by name."""
     options: dict[str, str] = {}
-    for each in filter(None, text.split("&")):
+    for each in text.split("&") if text else ():
         name, _, value = each.partition("=")
+        if not name:
+            raise ValueError("has an option without a name, or an & too many")
         if name not in OPTIONS and name != "target_session_attrs":
             named = f"{name}, which" if name in _OTHERS else "an option that"
             raise ValueError(f"has {named} the service and dbmate do not read alike; both read {', '.join(OPTIONS)}")

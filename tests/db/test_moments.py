@@ -127,7 +127,7 @@ def test_what_the_functions_apply_is_found_at_its_moment(service: psycopg.Connec
 
 
 def pages_read(connection: psycopg.Connection, function: str, arguments: Sequence[object]) -> int:
-    """Return how many pages of tables and indexes a call looks at."""
+    """Return how many pages of tables and indexes a call looks at; also those of catalogs, if it plans anew."""
     places = ", ".join(["%s"] * len(arguments))
     query = f"explain (analyze, buffers, format json) select * from wallet.{function}({places})"
     [[[explained]]] = connection.execute(query.encode(), arguments).fetchall()
@@ -163,7 +163,8 @@ def test_the_cost_of_the_past_is_logarithmic_in_the_history(
     calls[-1] = ("get_operation", ["w", operation])
 
     cost = {
-        (function, *map(str, arguments)): pages_read(service, function, arguments) for function, arguments in calls * 2
+        (function, *map(str, arguments)): min(pages_read(service, function, arguments) for _ in range(3))
+        for function, arguments in calls
     }
 
     searches = {"get_wallet": 1, "list_operations": 2}
