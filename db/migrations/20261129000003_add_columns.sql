@@ -3,15 +3,15 @@
 set local search_path = pg_catalog, pg_temp;
 set local role wallet_owner;
 
-grant update on wallet.operation to wallet_owner; -- to lock it; grants.sql has taken it away
-
--- Nobody waits behind this for longer than 100 ms: it lets go, and tries again.
+-- Nobody waits behind this for longer than 100 ms: it lets go, and tries again. An attempt that fails undoes its grant, too: whoever
+-- analyses or vacuums the table waits for that change of its row in pg_class, and keeps the table locked meanwhile.
 do $$
 begin
   perform set_config('lock_timeout', '100ms', true);
 
   for v_attempt in 1..100 loop
     begin
+      grant update on wallet.operation to wallet_owner; -- to lock it; grants.sql has taken it away
       lock table wallet.wallet in access exclusive mode;
       lock table wallet.operation in access exclusive mode;
       return;
