@@ -378,6 +378,7 @@ class Siding(Lane):
         taken: list[Waiting] = []
         left: list[Waiting] = []
         met: set[str] = set()
+        groups: set[frozenset[str]] = set()
         room = self._batch
         now = self._loop.time()
         least = now + self._headroom
@@ -396,11 +397,12 @@ class Siding(Lane):
                 left.append(waiting)
             else:
                 taken.append(waiting)
-                met |= waiting.wallets & trouble
+                groups.add(group := waiting.wallets & trouble)
+                met |= group
                 room = 0 if alone else room - len(waiting.requests)
         self._troubled = bool(met)
         self._tried = {group: moment for group, moment in self._tried.items() if moment > now - self._deadline}
-        self._tried |= {group: now for waiting in taken if (group := waiting.wallets & trouble)}
+        self._tried |= dict.fromkeys(groups, now)
         self._waiting = ByTurns()
         for waiting in sorted(left, key=_until):
             self._waiting.add(waiting.party, waiting)
