@@ -93,6 +93,19 @@ async def connect(url: str, deadline: float, name: str = "wallet", *, lock_timeo
     return connection
 
 
+def end(connection: Any) -> None:
+    """Close a connection that is not to be used again, and have PostgreSQL end a call that may still run on it.
+
+    A commit that waits for a standby has no statement_timeout, and does not notice that its client is gone.
+    """
+    ending = asyncio.create_task(close(connection))
+    _ending.add(ending)
+    ending.add_done_callback(_ending.discard)
+
+
+_ending: set[asyncio.Task[None]] = set()
+
+
 async def close(connection: Any) -> None:
     """Close a connection. asyncpg cancels what runs on it, and waits for that; CONNECT_TIMEOUT at most."""
     with contextlib.suppress(*NO_SUCCESS):
@@ -167,7 +180,6 @@ class Pool:
         self.deadline = deadline
         self._places = Places(size, lambda: max(size // READ_DIVISOR, 1) if parties.in_contention() else size)
         self._idle: list[tuple[Any, float]] = []
-        self._ending: set[asyncio.Task[None]] = set()
 
     @contextlib.asynccontextmanager
     async def connection(self) -> AsyncIterator[Any]:
@@ -187,20 +199,11 @@ class Pool:
                     if good and not connection.is_demoted():
                         self._idle.append((connection, asyncio.get_running_loop().time()))
                     else:
-                        self._end(connection)
+                        end(connection)
 
     def _forget_idle(self) -> None:
         while self._idle:
             self._idle.pop()[0].terminate()
-
-    def _end(self, connection: Any) -> None:
-        """Close a connection that is not to be used again, and have PostgreSQL end a call that may still run on it.
-
-        A commit that waits for a standby has no statement_timeout, and does not notice that its client is gone.
-        """
-        ending = asyncio.create_task(close(connection))
-        self._ending.add(ending)
-        ending.add_done_callback(self._ending.discard)
 
     def _take(self) -> Any:
         """Return the connection that was used last, if there is an open one."""
@@ -256,8 +259,6 @@ class Pool:
     def close(self) -> None:
         """Close the connections that are not lent."""
         self._forget_idle()
-        for ending in self._ending:
-            ending.cancel()
 
 
 POOL = web.AppKey("pool", Pool)

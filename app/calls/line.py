@@ -17,6 +17,7 @@ from app.calls.database import (
     LEAD,
     OPERATION,
     connect,
+    end,
     is_deliberate,
     is_passing,
     nothing_changed,
@@ -297,10 +298,13 @@ class Line:
                 await self._prepare()
 
     async def close(self) -> None:
-        """Close the connection."""
+        """Close the connection. Of several hosts the next may be to another one, where no backend of this is ended."""
         self._suspect = False
         if self._connection is not None:
-            self._connection.terminate()
+            if self._abandoned is not None and self._connection.one_of_several:
+                end(self._connection)
+            else:
+                self._connection.terminate()
             self._connection = None
 
     async def _call(

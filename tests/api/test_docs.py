@@ -5,13 +5,11 @@ import json
 import re
 import shutil
 import statistics
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 
 import psycopg
 import pytest
-import pytest_asyncio
 from aiohttp.test_utils import TestClient
 from pytest_aiohttp.plugin import AiohttpClient, AiohttpServer
 from selenium import webdriver
@@ -111,9 +109,9 @@ def test_swagger_ui_s_licence_lies_beside_it() -> None:
     assert (folder / "swagger-ui-bundle.js.LICENSE.txt").exists()
 
 
-@contextmanager
-def chromium(profile: Path) -> Iterator[webdriver.Chrome]:
-    """Start a headless Chromium that knows nothing."""
+@pytest.fixture
+def browser(tmp_path: Path) -> Iterator[webdriver.Chrome]:
+    """A headless Chromium that knows nothing."""
     if CHROMIUM is None or DRIVER is None:
         pytest.skip("no browser here: chromium and chromedriver (Debian: chromium-driver) are not installed")
     options = webdriver.ChromeOptions()
@@ -130,7 +128,7 @@ def chromium(profile: Path) -> Iterator[webdriver.Chrome]:
         "disable-sync",
         "window-size=1280,2000",
         "host-resolver-rules=MAP evil.example 127.0.0.1",
-        f"user-data-dir={profile}",
+        f"user-data-dir={tmp_path / 'profile'}",
     ):
         options.add_argument(f"--{flag}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
@@ -139,12 +137,6 @@ def chromium(profile: Path) -> Iterator[webdriver.Chrome]:
         yield browser
     finally:
         browser.quit()
-
-
-@pytest.fixture
-def browser(tmp_path: Path) -> Iterator[webdriver.Chrome]:
-    with chromium(tmp_path / "profile") as browser:
-        yield browser
 
 
 async def test_a_person_opens_the_page_and_tries_an_operation_out(
@@ -220,29 +212,8 @@ def try_an_operation_out(browser: webdriver.Chrome, url: str) -> None:
     assert "0b0e3c2e-5d2a-4f6b-8a51-6f1f0b7d9a01" in shown
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def unfolded(
-    shared_client: TestClient, tmp_path_factory: pytest.TempPathFactory
-) -> AsyncIterator[webdriver.Chrome]:
-    """The page with every operation unfolded.
-
-    That takes Chromium seconds, so tests share the page, and leave it as they found it.
-    """
-
-    def open_it(browser: webdriver.Chrome) -> None:
-        browser.get(str(shared_client.make_url("/docs")))
-        unfold(browser)
-
-    with chromium(tmp_path_factory.mktemp("profile")) as browser:
-        await asyncio.to_thread(open_it, browser)
-        yield browser
-
-
 SCHEMES = ("light", "dark")
-"""What readers prefer. Tests go through both by themselves: the fewer they are, the fewer workers unfold the page."""
-
-unfolds = pytest.mark.asyncio(loop_scope="module")
-"""Marks all that use the page: for a test that is not asynchronous pytest-asyncio would set it up once more."""
+"""What readers prefer."""
 
 
 def prefer(browser: webdriver.Chrome, scheme: str) -> None:
@@ -269,13 +240,29 @@ def unfold(browser: webdriver.Chrome) -> None:
     wait.until(lambda _: len(browser.find_elements(By.CSS_SELECTOR, "button.execute")) == len(summaries))
 
 
-@unfolds
-async def test_every_parameter_has_its_name_and_type_and_none_is_filled_in_that_may_be_left_out(
-    unfolded: webdriver.Chrome,
+async def test_the_page_with_every_operation_unfolded(
+    client: TestClient, browser: webdriver.Chrome, subtests: pytest.Subtests
 ) -> None:
+    """To unfold it takes Chromium seconds, so what is to be seen there is one test."""
+
+    def open_it() -> None:
+        browser.get(str(client.make_url("/docs")))
+        unfold(browser)
+
+    await asyncio.to_thread(open_it)
+    for what_is_seen in (
+        every_parameter_has_its_name_and_type_and_none_is_filled_in_that_may_be_left_out,
+        it_is_no_wider_than_a_telephone,
+        it_is_as_dark_as_the_reader_wants_it,
+    ):
+        with subtests.test(what_is_seen.__name__):
+            await asyncio.to_thread(what_is_seen, browser)
+
+
+def every_parameter_has_its_name_and_type_and_none_is_filled_in_that_may_be_left_out(page: webdriver.Chrome) -> None:
     for scheme in SCHEMES:
-        prefer(unfolded, scheme)
-        see_parameters(unfolded)
+        prefer(page, scheme)
+        see_parameters(page)
 
 
 def see_parameters(page: webdriver.Chrome) -> None:
@@ -303,11 +290,8 @@ def see_parameters(page: webdriver.Chrome) -> None:
     assert filled_in == {"limit": "100"} | dict.fromkeys(("before", "after", "at", "from", "to"), "")
 
 
-@unfolds
-async def test_the_page_is_no_wider_than_a_telephone(unfolded: webdriver.Chrome) -> None:
-    page = unfolded
-
-    def look(scheme: str) -> None:
+def it_is_no_wider_than_a_telephone(page: webdriver.Chrome) -> None:
+    for scheme in SCHEMES:
         prefer(page, scheme)
         page.execute_script("document.querySelector('button.execute').click()")
         answer = (By.CSS_SELECTOR, ".live-responses-table tbody .response-col_status")
@@ -317,12 +301,6 @@ async def test_the_page_is_no_wider_than_a_telephone(unfolded: webdriver.Chrome)
             page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
             assert page.execute_script("return document.documentElement.clientWidth") == width
             assert page.execute_script("return document.documentElement.scrollWidth") == width
-
-    try:
-        for scheme in SCHEMES:
-            await asyncio.to_thread(look, scheme)
-            page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
-    finally:
         page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
@@ -350,12 +328,9 @@ Examples are dark for every reader: for them the luminance is null.
 """
 
 
-@unfolds
-async def test_the_page_is_as_dark_as_the_reader_wants_it(unfolded: webdriver.Chrome) -> None:
+def it_is_as_dark_as_the_reader_wants_it(page: webdriver.Chrome) -> None:
     """Also after he has changed his mind, either way."""
-    page = unfolded
-
-    def see(scheme: str) -> None:
+    for scheme in (*SCHEMES, *SCHEMES):
         prefer(page, scheme)
         page.execute_script("document.querySelectorAll('*').forEach(one => one.style.transition = 'none')")
         texts = page.execute_script(CONTRASTS)
@@ -363,9 +338,6 @@ async def test_the_page_is_as_dark_as_the_reader_wants_it(unfolded: webdriver.Ch
         assert (behind < 0.1) if scheme == "dark" else (behind > 0.7)
         if scheme == "dark":
             assert [text for text, contrast, _ in texts if contrast < 3] == []
-
-    for scheme in (*SCHEMES, *SCHEMES):
-        see(scheme)
 
 
 def urls_requested(browser: webdriver.Chrome) -> list[str]:

@@ -8,10 +8,13 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from uuid import uuid4
 
+import msgspec
 import pytest
 from aiohttp import ClientResponse
 from aiohttp.test_utils import TestClient, TestServer
+from pytest_aiohttp.plugin import AiohttpClient
 
+from app.calls.database import SETTINGS
 from app.calls.session import several_hosts
 from app.server.embedded import Postgres
 from app.server.migrations import LOGIN
@@ -156,13 +159,38 @@ async def test_a_primary_that_takes_no_writes_any_more_is_left(client: TestClien
     async with load.running():
         await load.progress(CLIENTS)
         execute(primary, "alter system set default_transaction_read_only = on", "select pg_reload_conf()")
-        execute(standby, "select pg_promote()")
+        [(promoted,)] = execute(standby, "select now() from pg_promote()")
         await load.progress(5 * CLIENTS)
 
     assert {status for status in load.statuses if status not in (200, 201)} == set()
     assert {wallet: await balance(client, wallet) for wallet in WALLETS} == dict(load.deposited)
+    await until(lambda: used(primary, str(promoted)) == 0, 4)  # before they have been idle for long
+
+
+def used(server: Postgres, since: str) -> int:
+    """Return how many of the service's sessions are at work or have been since a moment.
+
+    A line that is not used does not hear of what has become of its server.
+    """
     sessions = "select count(*) from pg_stat_activity where usename = 'wallet_service'"
-    await until(lambda: execute(primary, sessions) == [(0,)], 4)  # before they have been idle for long
+    [(count,)] = execute(server, f"{sessions} and (state <> 'idle' or state_change > '{since}')")
+    return int(str(count))
+
+
+async def test_a_call_that_waits_for_a_lost_standby_is_ended_where_it_waits(
+    servers: list[Postgres], client: TestClient, aiohttp_client: AiohttpClient
+) -> None:
+    """Else it would keep its wallet locked there until a standby comes: it does not notice that its client is gone."""
+    primary, standby = servers
+    settings = msgspec.structs.replace(client.app[SETTINGS], access="open", request_deadline=4)
+    impatient = await aiohttp_client(make_app(settings))
+    execute(standby, "select pg_promote()")  # the primary has not heard of it, and still takes writes
+    asked = asyncio.create_task(deposit(impatient, WALLETS[0], 1))
+    waits = "select count(*) from pg_stat_activity where wait_event = 'SyncRep'"
+    await until(lambda: execute(primary, waits) == [(1,)])
+    execute(primary, "alter system set default_transaction_read_only = on", "select pg_reload_conf()")
+    assert (await asked).status == 200
+    await until(lambda: execute(primary, waits) == [(0,)], 2)
 
 
 async def test_reads_leave_a_primary_that_takes_no_writes_any_more(client: TestClient, servers: list[Postgres]) -> None:

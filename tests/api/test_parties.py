@@ -30,7 +30,7 @@ from app.web.keys import CALLER, Key
 from app.web.messages import decode_part
 from app.web.turns import Turns
 from tests.api.door import balance, create, path, problem
-from tests.api.test_lanes import busy_lane, locked, queued, through, until, waiting_backends
+from tests.api.test_lanes import busy_lane, locked, queued, through, until, waiting_backends, waiting_call
 from tests.conftest import url_of
 from tests.proxy import Point, Proxy
 
@@ -418,7 +418,9 @@ async def test_a_key_that_asks_for_too_much_at_once_is_told_so_and_nobody_else(
     await create(client, {"w": 0, "v": 0})
 
     with locked(superuser, "w"):
-        flood = [asyncio.create_task(deposit(client, "flood", "w")) for _ in range(3)]
+        flood = [asyncio.create_task(deposit(client, "flood", "w"))]
+        await waiting_call(superuser)  # else the others might go with it
+        flood += [asyncio.create_task(deposit(client, "flood", "w")) for _ in range(2)]
         await queued(client, 2)
         for answer in (await deposit(client, "flood", "v"), await client.get(path("v"), headers={"X-Party": "flood"})):
             told = await problem(answer, 429, "overloaded")
