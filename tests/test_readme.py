@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from app.settings import CHECKOUT
 from tests.api.test_keys import make_key
-from tests.api.test_process import Service, Start, start
+from tests.api.test_process import Service, Start, start, wait_until
 from tests.conftest import environment_with
 from tests.db.test_readme import END, stripped
 from tests.proxy import Http, Point, Proxy
@@ -183,6 +183,7 @@ def test_the_client_that_retries_does_not_take_a_revoked_key_for_a_refusal(start
     service = start(ACCESS="keys")
     with service.superuser() as superuser:
         secret = make_key(superuser, "shop", "transfer")
+    wait_until(lambda: service.ask("/api/v1/wallets", Authorization=f"Bearer {secret}")[0] == 403)  # known: no 401
     declared = '"Content-Type": "application/json"'
     key = (declared, f'{declared}, "Authorization": "Bearer {secret}"')
 

@@ -473,12 +473,13 @@ async def test_a_key_that_lacks_a_scope_is_answered_as_shown(
     path: str,
     body: Any,
 ) -> None:
-    client = await aiohttp_client(make_app(Settings(database_url=database_url, access="keys")))
-    route = await client.app.router.resolve(make_mocked_request(method.upper(), path))
+    app = make_app(Settings(database_url=database_url, access="keys"))
+    route = await app.router.resolve(make_mocked_request(method.upper(), path))
     assert route.route.resource is not None
     described = DOCUMENT["paths"][route.route.resource.canonical][method]["security"]
     scopes = [scope for one in described for scope in one["key"]]
     secret = make_key(superuser, "shop", *(scope for scope in SCOPES if scope not in scopes))
+    client = await aiohttp_client(app)
     answer = await client.request(method, path, json=body, headers=bearer(secret))
     await is_as_shown(answer, "Forbidden", detail=f"The key lacks the scope {' or '.join(scopes)}")
 
