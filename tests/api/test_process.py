@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import multiprocessing
 import os
 import pwd
 import shutil
@@ -24,6 +25,7 @@ import psycopg
 import pytest
 from psycopg.conninfo import conninfo_to_dict
 
+from app.__main__ import main
 from app.server.embedded import LOG_LIMIT, Postgres, connection_url, running_server
 from app.server.supervisor import LOOK_AT_LOG
 from app.settings import CHECKOUT
@@ -172,15 +174,32 @@ def start(tmp_path: Path, used_home: Path) -> Iterator[Start]:
 
 
 def run(*arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*COMMAND, *arguments],
-        cwd=CHECKOUT,
-        env=environment_with(**settings),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    """Run `python -m app` until it ends by itself.
+
+    It is a fork of this process, which has imported the service: that takes longer than all that a command does.
+    Service starts it with nothing imported. No event loop may be running here.
+    """
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+
+        def command() -> None:
+            for descriptor, file in ((0, nothing), (1, output), (2, errors)):
+                os.dup2(file.fileno(), descriptor)
+            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+            os.environ.clear()
+            os.environ.update(environment_with(**settings))
+            os.chdir(CHECKOUT)
+            sys.exit(main([*arguments]))
+
+        with Path(os.devnull).open() as nothing:
+            process = multiprocessing.get_context("fork").Process(target=command)
+            process.start()
+            process.join(60)
+        if process.exitcode is None:
+            process.kill()
+            pytest.fail("it has not ended after a minute")
+        for file in (output, errors):
+            file.seek(0)
+        return subprocess.CompletedProcess(arguments, process.exitcode, output.read(), errors.read())
 
 
 # Starting
