@@ -13,6 +13,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -192,7 +193,8 @@ def run(*arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
 
         with Path(os.devnull).open() as nothing:
             process = multiprocessing.get_context("fork").Process(target=command)
-            process.start()
+            with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
+                process.start()  # from Python 3.12 on it warns of other threads: xdist's waits for orders
             process.join(60)
         if process.exitcode is None:
             process.kill()
