@@ -93,17 +93,18 @@ async def connect(url: str, deadline: float, name: str = "wallet", *, lock_timeo
     return connection
 
 
-def end(connection: Any) -> None:
-    """Close a connection that is not to be used again, and have PostgreSQL end a call that may still run on it.
+def abandon(connection: Any) -> None:
+    """Close a connection in the background, and have its server cancel what may still run on it.
 
     A commit that waits for a standby has no statement_timeout, and does not notice that its client is gone.
     """
-    ending = asyncio.create_task(close(connection))
-    _ending.add(ending)
-    ending.add_done_callback(_ending.discard)
+    closing = asyncio.create_task(close(connection))
+    _closing.add(closing)
+    closing.add_done_callback(_closing.discard)
 
 
-_ending: set[asyncio.Task[None]] = set()
+_closing: set[asyncio.Task[None]] = set()
+"""What `abandon` has begun: the event loop itself keeps no task alive (asyncio.create_task)."""
 
 
 async def close(connection: Any) -> None:
@@ -199,7 +200,7 @@ class Pool:
                     if good and not connection.is_demoted():
                         self._idle.append((connection, asyncio.get_running_loop().time()))
                     else:
-                        end(connection)
+                        abandon(connection)
 
     def _forget_idle(self) -> None:
         while self._idle:

@@ -16,8 +16,8 @@ from app.calls.database import (
     FIRST_ATTEMPT,
     LEAD,
     OPERATION,
+    abandon,
     connect,
-    end,
     is_deliberate,
     is_passing,
     nothing_changed,
@@ -298,13 +298,13 @@ class Line:
                 await self._prepare()
 
     async def close(self) -> None:
-        """Close the connection. Of several hosts the next may be to another one, where no backend of this is ended."""
+        """Close the connection. A call that may still run is cancelled by its own server: the next may be another."""
         self._suspect = False
         if self._connection is not None:
-            if self._abandoned is not None and self._connection.one_of_several:
-                end(self._connection)
-            else:
+            if self._abandoned is None:
                 self._connection.terminate()
+            else:
+                abandon(self._connection)
             self._connection = None
 
     async def _call(

@@ -159,7 +159,7 @@ async def test_a_primary_that_takes_no_writes_any_more_is_left(client: TestClien
     async with load.running():
         await load.progress(CLIENTS)
         execute(primary, "alter system set default_transaction_read_only = on", "select pg_reload_conf()")
-        [(promoted,)] = execute(standby, "select now() from pg_promote()")
+        [(promoted,)] = execute(standby, "select clock_timestamp() from pg_promote()")
         await load.progress(5 * CLIENTS)
 
     assert {status for status in load.statuses if status not in (200, 201)} == set()
@@ -184,6 +184,7 @@ async def test_a_call_that_waits_for_a_lost_standby_is_ended_where_it_waits(
     primary, standby = servers
     settings = msgspec.structs.replace(client.app[SETTINGS], access="open", request_deadline=4)
     impatient = await aiohttp_client(make_app(settings))
+    assert (await deposit(impatient, WALLETS[0], 1)).status == 200  # its lane is connected to the primary
     execute(standby, "select pg_promote()")  # the primary has not heard of it, and still takes writes
     asked = asyncio.create_task(deposit(impatient, WALLETS[0], 1))
     waits = "select count(*) from pg_stat_activity where wait_event = 'SyncRep'"

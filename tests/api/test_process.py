@@ -13,7 +13,6 @@ import sys
 import tempfile
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,13 +25,15 @@ import psycopg
 import pytest
 from psycopg.conninfo import conninfo_to_dict
 
-from app.__main__ import main
 from app.server.embedded import LOG_LIMIT, Postgres, connection_url, running_server
 from app.server.supervisor import LOOK_AT_LOG
 from app.settings import CHECKOUT
 from tests.conftest import environment_with, open_folder
+from tests.forked import command
 
 COMMAND = [sys.executable, "-m", "app"]
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["tests.forked"])
 FIVE = {1: "1111111111", 2: "2222222222", 3: "3333333333", 4: "4444444444", 5: "5555555555"}
 
 
@@ -177,31 +178,18 @@ def start(tmp_path: Path, used_home: Path) -> Iterator[Start]:
 def run(*arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
     """Run `python -m app` until it ends by itself.
 
-    It is a fork of this process, which has imported the service: that takes longer than all that a command does.
-    Service starts it with nothing imported. No event loop may be running here.
+    It is forked, because imports take longer than all that a command does; Service starts a new interpreter.
     """
-    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
-
-        def command() -> None:
-            for descriptor, file in ((0, nothing), (1, output), (2, errors)):
-                os.dup2(file.fileno(), descriptor)
-            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-            os.environ.clear()
-            os.environ.update(environment_with(**settings))
-            os.chdir(CHECKOUT)
-            sys.exit(main([*arguments]))
-
-        with Path(os.devnull).open() as nothing:
-            process = multiprocessing.get_context("fork").Process(target=command)
-            with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
-                process.start()  # from Python 3.12 on it warns of other threads: xdist's waits for orders
-            process.join(60)
+    with tempfile.TemporaryDirectory() as folder:
+        output, errors = Path(folder, "output"), Path(folder, "errors")
+        process = FORKS.Process(target=command, args=(arguments, environment_with(**settings), output, errors))
+        process.start()
+        process.join(60)
         if process.exitcode is None:
             process.kill()
-            pytest.fail("it has not ended after a minute")
-        for file in (output, errors):
-            file.seek(0)
-        return subprocess.CompletedProcess(arguments, process.exitcode, output.read(), errors.read())
+            process.join()
+            pytest.fail(f"it has not ended after a minute: {errors.read_text()}")
+        return subprocess.CompletedProcess(arguments, process.exitcode, output.read_text(), errors.read_text())
 
 
 # Starting

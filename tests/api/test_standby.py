@@ -226,8 +226,8 @@ async def test_a_warning_of_a_trigger_s_is_no_lost_commit(client: TestClient, wa
 async def test_a_key_is_made_or_revoked_only_once_the_standby_knows(primary: Postgres, standby: Postgres) -> None:
     def ask(*command: str, deadline: float = 10) -> "asyncio.Future[subprocess.CompletedProcess[str]]":
         environment = environment_with(DATABASE_URL=primary.url("postgres"), REQUEST_DEADLINE=str(deadline))
-        whole = {"cwd": CHECKOUT, "env": environment, "capture_output": True, "text": True, "timeout": 60}
-        return asyncio.ensure_future(asyncio.to_thread(subprocess.run, [*COMMAND, "key", *command], **whole))
+        options = {"cwd": CHECKOUT, "env": environment, "capture_output": True, "text": True, "timeout": 60}
+        return asyncio.ensure_future(asyncio.to_thread(subprocess.run, [*COMMAND, "key", *command], **options))
 
     name = f"k{uuid4()}"
     for command, told in ((("create", name, "--scopes", "read"), "secret"), (("revoke", name), "revoked")):
