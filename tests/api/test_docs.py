@@ -291,20 +291,19 @@ def see_parameters(page: webdriver.Chrome) -> None:
 
 
 def it_is_no_wider_than_a_telephone(page: webdriver.Chrome) -> None:
-    try:
-        for scheme in SCHEMES:
-            prefer(page, scheme)
-            page.execute_script("document.querySelector('button.execute').click()")
-            answer = (By.CSS_SELECTOR, ".live-responses-table tbody .response-col_status")
-            WebDriverWait(page, 20).until(conditions.presence_of_element_located(answer))
+    for scheme in SCHEMES:
+        prefer(page, scheme)
+        page.execute_script("document.querySelector('button.execute').click()")
+        answer = (By.CSS_SELECTOR, ".live-responses-table tbody .response-col_status")
+        WebDriverWait(page, 20).until(conditions.presence_of_element_located(answer))
+        try:
             for width in (1280, 600, 390, 320):
                 metrics = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": True}
                 page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
                 assert page.execute_script("return document.documentElement.clientWidth") == width
                 assert page.execute_script("return document.documentElement.scrollWidth") == width
+        finally:
             page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
-    finally:
-        page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
 CONTRASTS = """

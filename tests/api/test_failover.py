@@ -164,17 +164,11 @@ async def test_a_primary_that_takes_no_writes_any_more_is_left(client: TestClien
 
     assert {status for status in load.statuses if status not in (200, 201)} == set()
     assert {wallet: await balance(client, wallet) for wallet in WALLETS} == dict(load.deposited)
-    await until(lambda: used(primary, str(promoted)) == 0, 4)  # before they have been idle for long
-
-
-def used(server: Postgres, since: str) -> int:
-    """Return how many of the service's sessions are at work or have been since a moment.
-
-    A line that is not used does not hear of what has become of its server.
-    """
-    sessions = "select count(*) from pg_stat_activity where usename = 'wallet_service'"
-    [(count,)] = execute(server, f"{sessions} and (state <> 'idle' or state_change > '{since}')")
-    return int(str(count))
+    sessions = (  # a line that has not been used since does not hear of what has become of its server
+        "select count(*) from pg_stat_activity where usename = 'wallet_service'"
+        f" and (state <> 'idle' or state_change > '{promoted}')"
+    )
+    await until(lambda: execute(primary, sessions) == [(0,)], 4)  # before they have been idle for long
 
 
 async def test_a_call_that_waits_for_a_lost_standby_is_ended_where_it_waits(

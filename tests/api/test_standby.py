@@ -17,12 +17,12 @@ from aiohttp.test_utils import TestClient, TestServer
 from app.calls import line
 from app.server.embedded import Postgres
 from app.server.migrations import LOGIN
-from app.settings import CHECKOUT, Settings
+from app.settings import Settings
 from app.web.application import make_app
 from tests.api.door import balance, create, deposit, history, path, problem, put, withdraw
 from tests.api.test_lanes import until
-from tests.api.test_process import COMMAND
-from tests.conftest import environment_with, open_folder
+from tests.api.test_process import run
+from tests.conftest import open_folder
 from tests.proof.stand import signal_tree
 from tests.replication import execute, replicated
 
@@ -225,9 +225,10 @@ async def test_a_warning_of_a_trigger_s_is_no_lost_commit(client: TestClient, wa
 
 async def test_a_key_is_made_or_revoked_only_once_the_standby_knows(primary: Postgres, standby: Postgres) -> None:
     def ask(*command: str, deadline: float = 10) -> "asyncio.Future[subprocess.CompletedProcess[str]]":
-        environment = environment_with(DATABASE_URL=primary.url("postgres"), REQUEST_DEADLINE=str(deadline))
-        options = {"cwd": CHECKOUT, "env": environment, "capture_output": True, "text": True, "timeout": 60}
-        return asyncio.ensure_future(asyncio.to_thread(subprocess.run, [*COMMAND, "key", *command], **options))
+        url = primary.url("postgres")
+        return asyncio.ensure_future(
+            asyncio.to_thread(run, "key", *command, DATABASE_URL=url, REQUEST_DEADLINE=str(deadline))
+        )
 
     name = f"k{uuid4()}"
     for command, told in ((("create", name, "--scopes", "read"), "secret"), (("revoke", name), "revoked")):
