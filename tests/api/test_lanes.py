@@ -784,7 +784,7 @@ async def test_a_call_that_was_given_up_does_not_hold_its_locks_for_long(
         answers = await in_one_call(one, superuser, deposit(one, "a", 1), deposit(one, "w", 1))
         assert [answer.status for answer in answers] == [503, 503]
         given_up = [record for record in caplog.records if "made again: TimeoutError" in record.getMessage()]
-        assert [hasattr(record, "sqlstate") for record in given_up] == [False]  # the database said nothing
+        assert {hasattr(record, "sqlstate") for record in given_up} == {False}  # the database said nothing
         async with asyncio.timeout(1.5):
             while (await deposit(other, "a", 1, A)).status == 503:
                 pass
