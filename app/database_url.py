@@ -6,8 +6,8 @@ A libpq URI (section 32.1.1.2 of PostgreSQL's manual). `postgres://` is the same
 password or a database are percent-encoded (RFC 3986, section 2.1). A unix socket's folder or an IPv6 address, and its
 port, stand behind the question mark: `postgresql://user@/database?host=/run/postgresql&port=5432`.
 
-The exception is several hosts (`postgresql://user@one:5432,two:5432/database`): psql reads them, and the service, which
-uses the one that takes writes; give dbmate the primary's URL.
+The exceptions are several hosts (`postgresql://user@one:5432,two:5432/database`) and target_session_attrs: psql reads
+them, and the service, which uses the host that takes writes; give dbmate the primary's URL.
 """
 
 import ipaddress

@@ -159,7 +159,7 @@ class StandardError:
         while lines:
             try:
                 lines = lines[os.write(self._descriptor, lines) :]
-            except BlockingIOError:  # somebody else has set the file so
+            except BlockingIOError:  # somebody else made the file non-blocking
                 writable = select.poll()
                 writable.register(self._descriptor, select.POLLOUT)
                 writable.poll()

@@ -37,7 +37,7 @@ LANE_WAITING = Gauge(
 )
 WALLETS_APART = Gauge(
     "wallet_wallets_apart",
-    "Wallets whose requests are tried apart: somebody keeps them locked, or the database refuses them something.",
+    "Wallets whose requests are tried apart: somebody keeps them locked, or the database refuses their operations.",
     multiprocess_mode="livesum",
 )
 BATCH_SIZE = Histogram(

@@ -70,7 +70,7 @@ $$;
 -- Name: FUNCTION any_argument_fault(p_wallet_uuid text, p_operation_uuid uuid, p_operation_type text, p_amount bigint, p_counterparty_uuid text, p_hold_uuid uuid, p_expires_at timestamp with time zone, p_metadata jsonb); Type: COMMENT; Schema: wallet; Owner: -
 --
 
-COMMENT ON FUNCTION wallet.any_argument_fault(p_wallet_uuid text, p_operation_uuid uuid, p_operation_type text, p_amount bigint, p_counterparty_uuid text, p_hold_uuid uuid, p_expires_at timestamp with time zone, p_metadata jsonb) IS 'Internal: the message of WA400 for an operation that no wallet can accept, else null; wallet names are not checked here, but where no wallet of that name was found. The nil UUID (RFC 9562, section 5.9) is what an unset field looks like, so it names no operation. A function of its own, so that a session prepares its expressions only where it needs them.';
+COMMENT ON FUNCTION wallet.any_argument_fault(p_wallet_uuid text, p_operation_uuid uuid, p_operation_type text, p_amount bigint, p_counterparty_uuid text, p_hold_uuid uuid, p_expires_at timestamp with time zone, p_metadata jsonb) IS 'Internal: the message of WA400 for an operation that no wallet can accept, else null; wallet names are checked elsewhere, and only if no such wallet was found. The nil UUID (RFC 9562, section 5.9) is what an unset field looks like, so it names no operation. A function of its own, so that a session prepares its expressions only where it needs them.';
 
 
 SET default_tablespace = '';
@@ -1082,7 +1082,7 @@ $$;
 -- Name: FUNCTION create_key(p_name text, p_scopes text[], p_wallet_prefix text, p_expires_at timestamp with time zone); Type: COMMENT; Schema: wallet; Owner: -
 --
 
-COMMENT ON FUNCTION wallet.create_key(p_name text, p_scopes text[], p_wallet_prefix text, p_expires_at timestamp with time zone) IS 'Makes a key for REST callers and returns its secret, which is stored nowhere and never shown again: wk_ and 43 characters of A-Z, a-z, 0-9, _ and -. p_name: 1 to 64 characters of A-Z, a-z, 0-9, _ and -; it stays taken for good. p_scopes: one or more of read, create, deposit, withdraw, transfer, hold, admin and metrics. p_wallet_prefix: the key reaches only wallets whose names begin so, byte for byte; null for all. p_expires_at: from when on it is refused, by the database''s clock; null for never. A past time is accepted: the key is refused from the start. Raises WA400 (bad name, scopes, prefix or expiry), WA420 (the key exists, perhaps revoked or expired), 0A000 (another isolation level than read committed).';
+COMMENT ON FUNCTION wallet.create_key(p_name text, p_scopes text[], p_wallet_prefix text, p_expires_at timestamp with time zone) IS 'Makes a key for REST callers and returns its secret, which is stored nowhere and never shown again: wk_ and 43 characters of A-Z, a-z, 0-9, _ and -. p_name: 1 to 64 characters of A-Z, a-z, 0-9, _ and -; it stays taken for good. p_scopes: one or more of read, create, deposit, withdraw, transfer, hold, admin and metrics. p_wallet_prefix: the key reaches only wallets whose names begin so, byte for byte; null for all. p_expires_at: from when on it is refused, by the database''s clock; null for never. A past time is accepted: the key is refused from the start. Raises WA400 (bad name, scopes, prefix or expiry), WA420 (the key exists, perhaps revoked or expired), 0A000 (another isolation level than read committed); under a lock_timeout also 55P03.';
 
 
 --
@@ -1111,7 +1111,7 @@ $$;
 -- Name: FUNCTION due_amount(p_wallet_uuid text, p_from timestamp with time zone, p_until timestamp with time zone); Type: COMMENT; Schema: wallet; Owner: -
 --
 
-COMMENT ON FUNCTION wallet.due_amount(p_wallet_uuid text, p_from timestamp with time zone, p_until timestamp with time zone) IS 'Internal: the part of held_after in a wallet''s last row whose holds have expired by p_until (null: now), in minor units; their EXPIRE is not recorded yet. p_from: the created_at of that row. The view wallet.balance calls it with the rights of whoever reads that.';
+COMMENT ON FUNCTION wallet.due_amount(p_wallet_uuid text, p_from timestamp with time zone, p_until timestamp with time zone) IS 'Internal: the sum of a wallet''s holds that have expired by p_until (null: now) but have no EXPIRE yet, in minor units. p_from: the created_at of the wallet''s last row. The view wallet.balance calls it with the rights of whoever reads that.';
 
 
 --
@@ -1254,7 +1254,7 @@ $_$;
 -- Name: FUNCTION create_wallet(p_wallet_uuid text, p_currency text, p_not_after timestamp with time zone); Type: COMMENT; Schema: wallet; Owner: -
 --
 
-COMMENT ON FUNCTION wallet.create_wallet(p_wallet_uuid text, p_currency text, p_not_after timestamp with time zone) IS 'Creates a wallet with balance 0 and returns its row of wallet.balance. p_wallet_uuid: its name, 1 to 64 characters of A-Z, a-z, 0-9, _ and -; null for a random UUID. p_currency: 3 to 12 characters of A-Z and 0-9, or null; it never changes. p_not_after: the last moment of this call by the database''s clock, or null. Raises WA400 (bad name or currency), WA419 (the wallet exists), 57014 (too late: nothing was created), 0A000 (another isolation level than read committed).';
+COMMENT ON FUNCTION wallet.create_wallet(p_wallet_uuid text, p_currency text, p_not_after timestamp with time zone) IS 'Creates a wallet with balance 0 and returns its row of wallet.balance. p_wallet_uuid: its name, 1 to 64 characters of A-Z, a-z, 0-9, _ and -; null for a random UUID. p_currency: 3 to 12 characters of A-Z and 0-9, or null; it never changes. p_not_after: the last moment of this call by the database''s clock, or null. Raises WA400 (bad name or currency), WA419 (the wallet exists), 57014 (too late: nothing was created), 0A000 (another isolation level than read committed); under a lock_timeout also 55P03.';
 
 
 --
@@ -1985,7 +1985,7 @@ $$;
 -- Name: FUNCTION revoke_key(p_name text); Type: COMMENT; Schema: wallet; Owner: -
 --
 
-COMMENT ON FUNCTION wallet.revoke_key(p_name text) IS 'Revokes a key for good and returns its row as list_keys does; called again, it returns that row unchanged. Services refuse the key within 5 seconds of the commit. Raises WA400 (null or bad name), WA421 (no such key), 0A000 (another isolation level than read committed).';
+COMMENT ON FUNCTION wallet.revoke_key(p_name text) IS 'Revokes a key for good and returns its row as list_keys does; called again, it returns that row unchanged. Services refuse the key within 5 seconds of the commit. Raises WA400 (null or bad name), WA421 (no such key), 0A000 (another isolation level than read committed); under a lock_timeout also 55P03.';
 
 
 --
@@ -2308,7 +2308,7 @@ $_$;
 -- Name: FUNCTION verify(); Type: COMMENT; Schema: wallet; Owner: -
 --
 
-COMMENT ON FUNCTION wallet.verify() IS 'Audits the books: one row per broken invariant (its name, the wallet, the seq where it shows, what was found); no rows means that the books are right. Reads the whole ledger in one snapshot and blocks nobody. A wallet''s balance is what its last operation says, so it cannot tell that the last operations of a wallet are missing, unless they are transfers or concern holds.';
+COMMENT ON FUNCTION wallet.verify() IS 'Audits the books: one row per broken invariant (its name, the wallet, the seq where it shows, what was found); no rows means that the books are right. Reads the whole ledger in one snapshot and blocks nobody. A wallet''s balance is what its last operation says, so this audit cannot tell that a wallet''s last operations are missing, unless one was a transfer or concerned a hold.';
 
 
 --
@@ -2533,4 +2533,5 @@ INSERT INTO public.schema_migrations (version) VALUES
     ('20261130000002'),
     ('20261130000003'),
     ('20261130080934'),
-    ('20261130134402');
+    ('20261130134402'),
+    ('20261201101455');

@@ -3,8 +3,8 @@
 Words of this package: a *request* is one operation to apply. A *lane* is a queue of requests with the *lines* that
 send them; a line has one connection. A *call* is what a line takes from the queue together. It is sent as one SQL
 statement, or in *parts* of limited size, one statement each; a part that the database refuses as a whole is sent again
-in halves. The *siding* is the lane of wallets in *trouble*: those that somebody keeps locked, or to which the database
-refuses something. A line's *patience* multiplies its lock timeout. A *thorough* line also tries requests that other
+in halves. The *siding* is the lane of wallets in *trouble*: those that somebody keeps locked, or whose operations the
+database refuses. A line's *patience* multiplies its lock timeout. A *thorough* line also tries requests that other
 lines leave out because the database refused an earlier one on the same wallet in that call. The *contract* is the rules
 in db/functions; an outcome is *ours* if they decided it: applied, or refused with a WA... SQLSTATE. A *party* is
 whoever asks: a key's name. Parties are in *contention* while more than one is active: for CONTENTION seconds after a

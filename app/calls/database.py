@@ -39,7 +39,7 @@ A commit waits only if it wrote WAL and has a transaction id (src/backend/access
 FIRST_ATTEMPT = 0.5
 """The part of the time for a first attempt (the pool: of the deadline; a line: of what is left of it).
 
-A connection that goes nowhere so leaves time for a second attempt.
+So a connection that goes nowhere leaves time for a second attempt.
 """
 LEAD = 0.05
 """The part of a deadline that is left when a call is given up: room for clock skew."""

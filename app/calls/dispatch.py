@@ -19,9 +19,9 @@ BULK_LINES = 2
 SIDING_LINES = 1
 """Connections for wallets in trouble in each worker."""
 BULK_PATIENCE = 2
-"""A bulk call waits so many times as long as others for locks: it may wait for another bulk call."""
+"""A bulk call waits this many times as long as others for locks: it may wait for another bulk call."""
 SIDING_PATIENCE = 2.5
-"""A call of the siding waits so many times as long as others for a lock: long calls may keep a wallet locked."""
+"""A call of the siding waits this many times as long as others for a lock: long calls may keep a wallet locked."""
 SIDING_SHARE = 100
 """Groups of a bulk request's operations, with no wallet in common, that may wait on the siding; others are 55P03."""
 BULK_HEADROOM = 2 * HEADROOM

@@ -11,10 +11,10 @@ Bulk requests have a lane of their own, which may have a few calls in flight: wh
 once it carries as much, or after a moment. An atomic one goes alone.
 
 A wallet that somebody keeps locked delays the first call that needs it by a lock_timeout. If the database refuses
-something to a wallet, the call is made again in halves. From then on the wallet's requests wait on the siding, a lane
-of its own, each of whose calls has the requests of only one client for that wallet. They do so until an outcome shows
-that it is unlocked or, where the database refused something, until one is applied. A transfer goes there if either of
-its wallets is in trouble.
+an operation, its call is made again in halves. From then on requests for such a wallet wait on the siding, a separate
+lane, each of whose calls has the requests of only one client for that wallet. They do so until an outcome shows that it
+is unlocked or, where the database refused an operation, until one is applied. A transfer goes there if either of its
+wallets is in trouble.
 """
 
 import asyncio
@@ -162,7 +162,7 @@ class Lane:
     async def run(self, line: Line, idle: float | None = None) -> None:
         """Send what waits, until cancelled; close the line's connection when nothing has come for `idle` seconds.
 
-        Nothing is awaited between the look at the queue and the wait for an arrival, so none slips in between unseen.
+        Nothing is awaited between the look at the queue and the wait for an arrival, so no arrival goes unseen.
         """
         if idle is None:
             await line.open()
@@ -321,7 +321,7 @@ class Siding(Lane):
         """Apply a client's requests, trying again what is locked, and return their outcomes in order.
 
         What stayed locked up to the deadline (on the loop's clock) is 55P03, or the SQLSTATE with which the database
-        last refused something to its wallet. Raises TimeoutError if the outcome is unknown at the deadline.
+        last refused an operation on its wallet. Raises TimeoutError if the outcome is unknown at the deadline.
         """
         outcomes = [UNTRIED] * len(requests)
         tried = 0.0
@@ -342,8 +342,8 @@ class Siding(Lane):
         """Apply an atomic request, trying again while any of its wallets is locked.
 
         `outcomes`: those of an earlier attempt. If the deadline comes before a try that met no lock, what was locked is
-        55P03, or the SQLSTATE with which the database last refused something to one of its wallets. Raises TimeoutError
-        if the outcome is unknown at the deadline, and Overloaded.
+        55P03, or the SQLSTATE with which the database last refused an operation on one of its wallets. Raises
+        TimeoutError if the outcome is unknown at the deadline, and Overloaded.
         """
         outcomes = outcomes or [UNTRIED] * len(requests)
         tried = 0.0
@@ -370,9 +370,9 @@ class Siding(Lane):
         """Take what is to go in the next call; answer those that have no time for another one and were not applied.
 
         Calls begin alternately with what needs a wallet in trouble and what no longer does. An atomic request has a
-        call to itself, and so has one for a wallet to which the database refuses something, so that no other request
-        fails with it. Without time for a call, each is UNTRIED; an atomic request gets an empty list and keeps
-        its earlier outcomes.
+        call to itself, and so has one for a wallet whose operations the database refuses, so that no other request
+        fails with it. Without time for a call, each is UNTRIED; an atomic request gets an empty list and keeps its
+        earlier outcomes.
         """
         trouble, refusals = self._trouble.wallets, self._trouble.refusals.keys()
         taken: list[Waiting] = []

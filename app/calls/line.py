@@ -298,7 +298,7 @@ class Line:
                 await self._prepare()
 
     async def close(self) -> None:
-        """Close the connection. A call that may still run is cancelled by its own server: the next may be another."""
+        """Close the connection. A call that may still run is cancelled at its server: the next may be at another."""
         self._suspect = False
         if self._connection is not None:
             if self._abandoned is None:
@@ -382,7 +382,7 @@ class Line:
                     self._abandoned = None
             if (clock := self._ready()) is None:
                 clock = await self._connection.fetchval("select clock_timestamp()")
-                self._clock, self._clock_read = clock, loop.time()  # at or before this
+                self._clock, self._clock_read = clock, loop.time()  # read at this moment or before
             return clock
         except BaseException:
             await self.close()
@@ -422,7 +422,7 @@ def refused(sqlstate: str) -> Outcome:
 
 
 UNTRIED = refused("55P03")
-"""The outcome of a request that was left out of a call. It is told by identity: a 55P03 of SQL is another object."""
+"""The outcome of a request that was left out of a call. Compare by identity: a 55P03 of SQL is another object."""
 
 
 def count(requests: Sequence[Request], outcomes: Sequence[Outcome]) -> None:

@@ -104,8 +104,8 @@ PARTIES = web.AppKey("parties", Parties)
 def check_share(size: int, taken: int, own: int, full: str, wanted: int = 1) -> None:
     """Raise Overloaded if less than `wanted` is left, or the asking party would then hold more than remains.
 
-    The dynamic threshold of Choudhury and Hahne (1998): one party alone has up to a half, two a third each, and there
-    is always something left for one that comes. A party that has nothing gets what it asks for, if that is left.
+    The dynamic threshold of Choudhury and Hahne (1998): one party alone has up to a half, two a third each. Only a
+    party that has nothing may take all that is left.
     `size` is all that there is, `taken` what all have, `own` what this party has; `full` is what clients are told.
     """
     left = size - taken - wanted

@@ -27,8 +27,8 @@ class Session(asyncpg.Connection):
 
     If a commit's wait for its standby is cancelled, or ends with the session, PostgreSQL sends a WARNING and then
     answers as after any commit. The WARNING's text is in the server's language, and its SQLSTATE is that of any RAISE
-    WARNING: it is known by the function that sends it (src/backend/replication/syncrep.c). fetch, fetchrow and execute
-    look for it, and raise from then on (fetchval does not): close the session.
+    WARNING: it is recognised by the function that sends it (src/backend/replication/syncrep.c). fetch, fetchrow and
+    execute look for it, and raise from then on (fetchval does not): close the session.
     """
 
     def __init__(self, *arguments: Any) -> None:

@@ -1,4 +1,4 @@
-"""Wallets in trouble: somebody keeps them locked, or the database refuses them something."""
+"""Wallets in trouble: somebody keeps them locked, or the database refuses their operations."""
 
 from collections.abc import Sequence
 

@@ -147,8 +147,8 @@ class Postgres:
     def _choose_user(self) -> tuple[int, int]:
         """Return the user and the group that root starts the server as: the owner of its folders, or `nobody`.
 
-        If the home folder is another user's, so must be the cluster. In a home folder of root's only the cluster is the
-        other user's; if root owns the cluster too (a copy perhaps), it is given to the user `nobody`.
+        If the home folder is another user's, so must be the cluster. If it is root's, the cluster may be another
+        user's; if root owns both (a copy perhaps), the cluster is given to the user `nobody`.
         """
         assert self._folder is not None
         home = os.fstat(self._folder)

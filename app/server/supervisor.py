@@ -62,7 +62,7 @@ def serve(settings: Settings) -> None:
 def listen(settings: Settings) -> list[socket.socket]:
     """Return a listening socket for each worker. Raises StartupError if the address cannot be had.
 
-    The first is bound without SO_REUSEPORT: that fails if another service uses the port, even if it shares it.
+    The first is bound without SO_REUSEPORT: that fails if another service uses the port, even with SO_REUSEPORT.
     """
     try:
         family, _, _, _, address = socket.getaddrinfo(
@@ -209,8 +209,8 @@ def work(settings: Settings, listening: socket.socket, supervisor: int) -> None:
 def spare_the_collector() -> None:
     """Exempt what start-up made from the cyclic garbage collector, and have it look less often: there are few cycles.
 
-    New objects are looked at in small steps. Full collections are as rare as with thresholds of 20 and 50, but those
-    stopped the process for 90 ms at a time while large requests held 200,000 objects.
+    New objects are looked at in small steps. Full collections are as rare as with thresholds of 20 and 50, but with
+    those the process stopped for 90 ms at a time while large requests held 200,000 objects.
     """
     gc.freeze()
     gc.set_threshold(10_000, 1, 500)

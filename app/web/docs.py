@@ -52,7 +52,7 @@ def routes(*, wants_keys: bool) -> list[web.RouteDef]:
 
 @functools.cache
 def description(*, wants_keys: bool) -> bytes:
-    """Return openapi.yaml as JSON. Where no key is needed, each request may also be made without."""
+    """Return openapi.yaml as JSON. Where no key is needed, each request may also be made without one."""
     document = yaml.load(DESCRIPTION.read_bytes(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     if not wants_keys:
         for item in document["paths"].values():

@@ -10,7 +10,7 @@ class WholeResponse(web.Response):
     """Writes its head and its body in one go, with the headers that aiohttp would add. It has a Content-Type.
 
     aiohttp prepares for what none of these has (cookies, compression, chunks, signals), which takes it a tenth of all
-    that a request costs. What is unusual goes its way: HTTP/1.0, HEAD, a connection that is to be closed, no body.
+    that a request costs. What is unusual is left to aiohttp: HTTP/1.0, HEAD, a connection that will be closed, no body.
     """
 
     async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:

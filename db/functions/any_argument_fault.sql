@@ -41,6 +41,6 @@ end
 $$;
 
 comment on function wallet.any_argument_fault(text, uuid, text, bigint, text, uuid, timestamptz, jsonb) is
-  'Internal: the message of WA400 for an operation that no wallet can accept, else null; wallet names are not checked here, but where no wallet of that name was found. '
+  'Internal: the message of WA400 for an operation that no wallet can accept, else null; wallet names are checked elsewhere, and only if no such wallet was found. '
   'The nil UUID (RFC 9562, section 5.9) is what an unset field looks like, so it names no operation. '
   'A function of its own, so that a session prepares its expressions only where it needs them.';

@@ -53,4 +53,4 @@ comment on function wallet.create_key(text, text[], text, timestamptz) is
   'p_name: 1 to 64 characters of A-Z, a-z, 0-9, _ and -; it stays taken for good. p_scopes: one or more of read, create, deposit, withdraw, transfer, hold, admin '
   'and metrics. p_wallet_prefix: the key reaches only wallets whose names begin so, byte for byte; null for all. p_expires_at: from when on it is refused, by the database''s '
   'clock; null for never. A past time is accepted: the key is refused from the start. Raises WA400 (bad name, scopes, prefix or expiry), WA420 (the key exists, perhaps revoked or '
-  'expired), 0A000 (another isolation level than read committed).';
+  'expired), 0A000 (another isolation level than read committed); under a lock_timeout also 55P03.';

@@ -44,4 +44,4 @@ comment on function wallet.create_wallet(text, text, timestamptz) is
   'Creates a wallet with balance 0 and returns its row of wallet.balance. p_wallet_uuid: its name, 1 to 64 characters of A-Z, a-z, 0-9, _ and -; '
   'null for a random UUID. p_currency: 3 to 12 characters of A-Z and 0-9, or null; it never changes. p_not_after: the last moment of this call by the '
   'database''s clock, or null. Raises WA400 (bad name or currency), WA419 (the wallet exists), 57014 (too late: nothing was created), '
-  '0A000 (another isolation level than read committed).';
+  '0A000 (another isolation level than read committed); under a lock_timeout also 55P03.';

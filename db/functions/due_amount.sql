@@ -17,5 +17,5 @@ end
 $$;
 
 comment on function wallet.due_amount(text, timestamptz, timestamptz) is
-  'Internal: the part of held_after in a wallet''s last row whose holds have expired by p_until (null: now), in minor units; their EXPIRE is not recorded yet. p_from: the created_at of that row. '
+  'Internal: the sum of a wallet''s holds that have expired by p_until (null: now) but have no EXPIRE yet, in minor units. p_from: the created_at of the wallet''s last row. '
   'The view wallet.balance calls it with the rights of whoever reads that.';

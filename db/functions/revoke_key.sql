@@ -30,4 +30,4 @@ $$;
 
 comment on function wallet.revoke_key(text) is
   'Revokes a key for good and returns its row as list_keys does; called again, it returns that row unchanged. Services refuse the key within 5 seconds of the commit. '
-  'Raises WA400 (null or bad name), WA421 (no such key), 0A000 (another isolation level than read committed).';
+  'Raises WA400 (null or bad name), WA421 (no such key), 0A000 (another isolation level than read committed); under a lock_timeout also 55P03.';

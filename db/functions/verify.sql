@@ -173,4 +173,4 @@ $$;
 comment on function wallet.verify() is
   'Audits the books: one row per broken invariant (its name, the wallet, the seq where it shows, what was found); '
   'no rows means that the books are right. Reads the whole ledger in one snapshot and blocks nobody. '
-  'A wallet''s balance is what its last operation says, so it cannot tell that the last operations of a wallet are missing, unless they are transfers or concern holds.';
+  'A wallet''s balance is what its last operation says, so this audit cannot tell that a wallet''s last operations are missing, unless one was a transfer or concerned a hold.';

@@ -211,6 +211,18 @@ def test_of_two_who_revoke_a_key_at_once_both_see_the_first(
         assert second.result(30) == first == call(admin, "list_keys")
 
 
+def test_keys_wait_for_others_no_longer_than_the_lock_timeout(
+    admin: psycopg.Connection, superuser: psycopg.Connection
+) -> None:
+    make(admin, "k")
+    admin.execute("set lock_timeout = '50ms'")
+    with psycopg.connect(url_of(superuser, "keeper")) as other:
+        call(other, "revoke_key", "k")
+        make(other, "new")
+        assert refusal(admin, "revoke_key", "k")[0] == "55P03"
+        assert refusal(admin, "create_key", "new", ["read"])[0] == "55P03"
+
+
 def test_a_key_expires_by_the_clock_of_the_database(admin: psycopg.Connection, service: psycopg.Connection) -> None:
     """In a transaction too, in which now() stands still."""
     [soon] = admin.execute("select clock_timestamp() + interval '2 s'").fetchone() or ()

@@ -206,6 +206,15 @@ def test_no_status_waits_longer_than_the_lock_timeout(
         )
 
 
+def test_no_wallet_waits_longer_than_the_lock_timeout_for_another_of_its_name(
+    service: psycopg.Connection, superuser: psycopg.Connection
+) -> None:
+    service.execute("set lock_timeout = '50ms'")
+    with psycopg.connect(url_of(superuser, "postgres")) as other:
+        call(other, "create_wallet", "v")
+        assert refusal(service, "create_wallet", "v")[0] == "55P03"
+
+
 # Deadlines and isolation
 
 
