@@ -319,12 +319,6 @@ begin
 
     return v_operation;
   exception
-    when unique_violation then
-      get stacked diagnostics v_constraint = constraint_name;
-      if v_constraint <> 'operation_requested_idx' then
-        raise;
-      end if;
-      v_fault := 'WA409';
     when lock_not_available then
       v_fault := case
         when exists (
@@ -333,6 +327,17 @@ begin
         ) then 'WA409'
         else '55P03'
       end;
+    when others then -- a repeat may meet other constraints and triggers before the unique index
+      get stacked diagnostics v_fault = returned_sqlstate, v_constraint = constraint_name;
+      if v_fault ~ '^(WA|08|25|40|53|57|58|XX)' or (
+        v_constraint <> 'operation_requested_idx' and not exists (
+          select from wallet.operation as o
+          where o.operation_uuid = p_operation_uuid and o.operation_type not in ('RECEIVE', 'EXPIRE')
+        )
+      ) then
+        raise;
+      end if;
+      v_fault := 'WA409';
   end;
 
   raise exception using errcode = v_fault, message = wallet.fault_message(v_fault);
@@ -535,7 +540,7 @@ begin
       from (
         select
           r.wallet_uuid, r.hold_uuid, r.ordinal,
-          min(r.ordinal) filter (where r.hold_uuid is not null) over (partition by r.wallet_uuid, r.name) as entry
+          min(r.ordinal) filter (where r.hold_uuid = r.name) over (partition by r.wallet_uuid, r.name) as entry
         from (
           select r.wallet_uuid, r.hold_uuid, r.ordinal, case r.operation_type when 'HOLD' then r.operation_uuid else r.hold_uuid end as name
           from (
@@ -863,6 +868,8 @@ begin
         v_look_up := true;
       elsif v_count > 1 then
         v_halve := true;
+      elsif v_sqlstate <> '55P03' and not v_look_up then
+        v_look_up := true; -- constraints and triggers come before the unique index: they may have refused a repeat
       else
         if v_sqlstate <> '55P03' then
           raise warning using errcode = v_sqlstate, message = v_objection;
@@ -938,7 +945,7 @@ $$;
 -- Name: FUNCTION apply_operations(p_wallet_uuids text[], p_operation_uuids uuid[], p_operation_types text[], p_amounts bigint[], p_counterparty_uuids text[], p_hold_uuids uuid[], p_expires_at timestamp with time zone[], p_metadata jsonb[], p_atomic boolean, p_not_after timestamp with time zone); Type: COMMENT; Schema: wallet; Owner: -
 --
 
-COMMENT ON FUNCTION wallet.apply_operations(p_wallet_uuids text[], p_operation_uuids uuid[], p_operation_types text[], p_amounts bigint[], p_counterparty_uuids text[], p_hold_uuids uuid[], p_expires_at timestamp with time zone[], p_metadata jsonb[], p_atomic boolean, p_not_after timestamp with time zone) IS 'Applies a batch of operations as apply_operation would, one after another in the order given, in one transaction: the good ones stay, the others are refused. Arrays of one length, with the arguments of apply_operation; those that may be null may be null as a whole. Returns one row per operation, in order: ordinal (from 1), sqlstate and message (null: applied), same_request (whether what is recorded under its operation_uuid is this request: true for an applied one; null where nothing is recorded), and the row of the applied operation, or of the recorded one where the sqlstate is WA409 and it belongs to the same wallet. Outcomes per operation: WA400, WA404, WA409, WA424, WA410, WA405, WA403, WA422, WA402, WA416 as in apply_operation. Also, for requests that were not applied and may be asked again: 55P03, under a lock_timeout, which ranks after WA409 (another transaction keeps a wallet locked, or is applying the same operation_uuid); and the SQLSTATE of whatever else the database refuses (a constraint, a trigger), its message in a WARNING. p_atomic: if any operation is refused, none is applied, and the outcome of those that would have been is WA425. Raises WA400 only for the arrays themselves (null, different lengths, more than one dimension) and a null p_atomic, 57014 (too late), 0A000 unless the transaction is read committed, and, without a lock_timeout, 40P01 (nothing was applied: call again) if another batch names the same operation_uuids, and one of the two is applied in parts, because the database refused one of its operations or the database''s clock was set back.';
+COMMENT ON FUNCTION wallet.apply_operations(p_wallet_uuids text[], p_operation_uuids uuid[], p_operation_types text[], p_amounts bigint[], p_counterparty_uuids text[], p_hold_uuids uuid[], p_expires_at timestamp with time zone[], p_metadata jsonb[], p_atomic boolean, p_not_after timestamp with time zone) IS 'Applies a batch of operations as apply_operation would, one after another in the order given, in one transaction: the good ones stay, the others are refused. Arrays of one length, with the arguments of apply_operation; those that may be null may be null as a whole. Returns one row per operation, in order: ordinal (from 1), sqlstate and message (null: applied), same_request (whether what is recorded under its operation_uuid is this request: true for an applied one; null where nothing is recorded), and the row of the applied operation, or of the recorded one where the sqlstate is WA409 and it belongs to the same wallet. Outcomes per operation: WA400, WA404, WA409, WA424, WA410, WA405, WA403, WA422, WA402, WA416 as in apply_operation. Also, for requests that were not applied and may be asked again: 55P03, under a lock_timeout, which ranks after WA409 (another transaction keeps a wallet locked, or is applying the same operation_uuid); and the SQLSTATE of whatever else the database refuses (a constraint, a trigger), its message in a WARNING. p_atomic: if any operation is refused, none is applied, and the outcome of those that would have been is WA425. Raises WA400 only for the arrays themselves (null, different lengths, more than one dimension) and a null p_atomic, 57014 (too late), 0A000 unless the transaction is read committed, under a lock_timeout 55P03 if a table is locked, and 40P01 (nothing was applied: call again) if another batch names the same operation_uuids, and one of the two is applied in parts, because the database refused one of its operations or the database''s clock was set back; not if either has a lock_timeout below deadlock_timeout.';
 
 
 --
@@ -1232,7 +1239,8 @@ begin
   end if;
 
   insert into wallet.wallet (uuid, currency)
-  values (v_uuid, p_currency)
+  select v_uuid, p_currency
+  where not exists (select from wallet.wallet as w where w.uuid = v_uuid) -- constraints and triggers would be asked before the index
   on conflict do nothing;
 
   if not found then
@@ -1759,6 +1767,8 @@ begin
         v_stuck := v_stuck || v_awaited;
         v_awaited := null;
         v_waiting := false;
+      elsif v_awaited is null then
+        raise; -- it is the table that is locked
       end if;
     end;
   end loop;
@@ -1770,7 +1780,7 @@ $$;
 -- Name: FUNCTION lock_wallets(p_wallet_uuids text[], OUT uuids text[], OUT statuses text[], OUT currencies text[], OUT missed text[]); Type: COMMENT; Schema: wallet; Owner: -
 --
 
-COMMENT ON FUNCTION wallet.lock_wallets(p_wallet_uuids text[], OUT uuids text[], OUT statuses text[], OUT currencies text[], OUT missed text[]) IS 'Internal: locks wallets to the end of the transaction. Returns those that it has locked, in the order of uuid (null: none), with their status and currency, and in missed those that exist and, under a lock_timeout, stayed locked by another transaction. Names may repeat, be null, or name no wallet.';
+COMMENT ON FUNCTION wallet.lock_wallets(p_wallet_uuids text[], OUT uuids text[], OUT statuses text[], OUT currencies text[], OUT missed text[]) IS 'Internal: locks wallets to the end of the transaction. Returns those that it has locked, in the order of uuid (null: none), with their status and currency, and in missed those that exist and, under a lock_timeout, stayed locked by another transaction. Names may repeat, be null, or name no wallet. Raises 55P03 if the table stays locked.';
 
 
 --
@@ -2271,7 +2281,7 @@ CREATE FUNCTION wallet.verify() RETURNS TABLE(invariant text, wallet_uuid text, 
   union all
   select 'seq has no gap', h.wallet_uuid, h.seq, format('comes after seq %s', h.seq_before)
   from history as h
-  where h.seq is distinct from h.seq_before + 1
+  where h.seq is distinct from h.seq_before::numeric + 1
   union all
   select
     'balance_after follows from the operation before', h.wallet_uuid, h.seq,
@@ -2534,4 +2544,4 @@ INSERT INTO public.schema_migrations (version) VALUES
     ('20261130000003'),
     ('20261130080934'),
     ('20261130134402'),
-    ('20261201101455');
+    ('20261201105359');

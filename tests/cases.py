@@ -738,6 +738,22 @@ CASES = [
         holds=[hold("w", X, 60)],
     ),
     Case(
+        "a refused hold lends the hold that it names to nobody",
+        {"w": 100},
+        [
+            hold("w", X, 1, "WA400", hold=Y),
+            withdraw("w", A, 5, "WA424", hold=D),
+            hold("w", D, 1, "WA400", hold=Y),
+            withdraw("w", A, 5, "WA424", hold=D),
+            withdraw("w", A, 11, "WA402", hold=X),
+            release("w", B, X),
+            withdraw("w", C, 41, "WA402"),
+        ],
+        {"w": 100},
+        holds=[hold("w", X, 10), hold("w", Y, 60)],
+        held={"w": 60},
+    ),
+    Case(
         "an argument about a hold is good or refused",
         {"w": 100, "v": 0},
         [

@@ -140,12 +140,6 @@ begin
 
     return v_operation;
   exception
-    when unique_violation then
-      get stacked diagnostics v_constraint = constraint_name;
-      if v_constraint <> 'operation_requested_idx' then
-        raise;
-      end if;
-      v_fault := 'WA409';
     when lock_not_available then
       v_fault := case
         when exists (
@@ -154,6 +148,17 @@ begin
         ) then 'WA409'
         else '55P03'
       end;
+    when others then -- a repeat may meet other constraints and triggers before the unique index
+      get stacked diagnostics v_fault = returned_sqlstate, v_constraint = constraint_name;
+      if v_fault ~ '^(WA|08|25|40|53|57|58|XX)' or (
+        v_constraint <> 'operation_requested_idx' and not exists (
+          select from wallet.operation as o
+          where o.operation_uuid = p_operation_uuid and o.operation_type not in ('RECEIVE', 'EXPIRE')
+        )
+      ) then
+        raise;
+      end if;
+      v_fault := 'WA409';
   end;
 
   raise exception using errcode = v_fault, message = wallet.fault_message(v_fault);

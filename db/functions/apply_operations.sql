@@ -240,7 +240,7 @@ begin
       from (
         select
           r.wallet_uuid, r.hold_uuid, r.ordinal,
-          min(r.ordinal) filter (where r.hold_uuid is not null) over (partition by r.wallet_uuid, r.name) as entry
+          min(r.ordinal) filter (where r.hold_uuid = r.name) over (partition by r.wallet_uuid, r.name) as entry
         from (
           select r.wallet_uuid, r.hold_uuid, r.ordinal, case r.operation_type when 'HOLD' then r.operation_uuid else r.hold_uuid end as name
           from (
@@ -568,6 +568,8 @@ begin
         v_look_up := true;
       elsif v_count > 1 then
         v_halve := true;
+      elsif v_sqlstate <> '55P03' and not v_look_up then
+        v_look_up := true; -- constraints and triggers come before the unique index: they may have refused a repeat
       else
         if v_sqlstate <> '55P03' then
           raise warning using errcode = v_sqlstate, message = v_objection;
@@ -648,5 +650,5 @@ comment on function wallet.apply_operations(text[], uuid[], text[], bigint[], te
   'locked, or is applying the same operation_uuid); and the SQLSTATE of whatever else the database refuses (a constraint, a trigger), its message in a WARNING. '
   'p_atomic: if any operation is refused, none is applied, and the outcome of those that would have been is WA425. '
   'Raises WA400 only for the arrays themselves (null, different lengths, more than one dimension) and a null p_atomic, 57014 (too late), 0A000 unless the transaction is read committed, '
-  'and, without a lock_timeout, 40P01 (nothing was applied: call again) if another batch names the same operation_uuids, and one of the two is applied in parts, '
-  'because the database refused one of its operations or the database''s clock was set back.';
+  'under a lock_timeout 55P03 if a table is locked, and 40P01 (nothing was applied: call again) if another batch names the same operation_uuids, and one of the two is applied in '
+  'parts, because the database refused one of its operations or the database''s clock was set back; not if either has a lock_timeout below deadlock_timeout.';

@@ -23,7 +23,8 @@ begin
   end if;
 
   insert into wallet.wallet (uuid, currency)
-  values (v_uuid, p_currency)
+  select v_uuid, p_currency
+  where not exists (select from wallet.wallet as w where w.uuid = v_uuid) -- constraints and triggers would be asked before the index
   on conflict do nothing;
 
   if not found then

@@ -85,6 +85,8 @@ begin
         v_stuck := v_stuck || v_awaited;
         v_awaited := null;
         v_waiting := false;
+      elsif v_awaited is null then
+        raise; -- it is the table that is locked
       end if;
     end;
   end loop;
@@ -93,4 +95,5 @@ $$;
 
 comment on function wallet.lock_wallets(text[]) is
   'Internal: locks wallets to the end of the transaction. Returns those that it has locked, in the order of uuid (null: none), with their status and currency, '
-  'and in missed those that exist and, under a lock_timeout, stayed locked by another transaction. Names may repeat, be null, or name no wallet.';
+  'and in missed those that exist and, under a lock_timeout, stayed locked by another transaction. Names may repeat, be null, or name no wallet. '
+  'Raises 55P03 if the table stays locked.';

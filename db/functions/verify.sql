@@ -138,7 +138,7 @@ as $$
   union all
   select 'seq has no gap', h.wallet_uuid, h.seq, format('comes after seq %s', h.seq_before)
   from history as h
-  where h.seq is distinct from h.seq_before + 1
+  where h.seq is distinct from h.seq_before::numeric + 1
   union all
   select
     'balance_after follows from the operation before', h.wallet_uuid, h.seq,

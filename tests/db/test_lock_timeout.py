@@ -11,6 +11,7 @@ import pytest
 
 from app.calls.refusals import LOCKED, REFUSED
 from tests.cases import A, B, C, Request, deposit, transfer, withdraw
+from tests.cases import hold as request_hold
 from tests.db.door import apply, apply_all, balances, call, create, outcome
 from tests.db.test_concurrency import hold, lock, pool, session, wait_until_blocked
 
@@ -140,6 +141,19 @@ def test_who_never_names_the_locked_wallet_never_hears_of_it(
     assert call(connections[0], "verify") == []
 
 
+@pytest.mark.parametrize("requests", [[fresh("a")], [fresh("a"), fresh("b")]], ids=["one wallet", "two"])
+def test_no_call_waits_longer_for_the_table_of_the_wallets(
+    requests: list[Request], hasty: psycopg.Connection, lock: psycopg.Connection
+) -> None:
+    create(hasty, {"a": 0, "b": 0})
+    lock.execute("lock table wallet.wallet in exclusive mode")
+    began = time.monotonic()
+    for ask in (lambda: apply_all(hasty, requests), lambda: apply(hasty, transfer("a", "b", uuid4(), 1))):
+        with pytest.raises(psycopg.errors.LockNotAvailable):
+            ask()
+    assert time.monotonic() - began < 2
+
+
 def test_the_caller_s_lock_timeout_is_what_it_was(
     hasty: psycopg.Connection, lock: psycopg.Connection, superuser: psycopg.Connection
 ) -> None:
@@ -212,6 +226,28 @@ def test_what_another_unique_index_refuses_is_no_duplicate(
     check(service, fresh("b"), fresh("a", "23505"), fresh("b"))
     assert outcome(service, fresh("a")) == "23505"
     assert balances(service, "ab") == {"a": 5, "b": 2}
+
+
+CAP = "alter table wallet.operation add constraint cap check (balance_after <= 10 and held_after <= 5) not valid"
+NO_W = "alter table wallet.wallet add constraint no_w check (uuid <> 'w') not valid"
+
+
+def test_a_repeat_is_told_so_although_the_database_would_refuse_it_now(
+    service: psycopg.Connection, superuser: psycopg.Connection
+) -> None:
+    create(service, {"w": 20, "v": 20})
+    made = [deposit("w", A, 5, "WA409"), transfer("w", "v", B, 5, "WA409"), request_hold("w", C, 6, "WA409")]
+    assert [row.sqlstate for row in apply_all(service, made)] == [None] * 3
+    superuser.execute(CAP)
+    superuser.execute(NO_W)
+
+    check_one_by_one(service, *made)
+    check(service, *made)
+    check(service, made[2], deposit("v", uuid4(), 1, "23514"), made[0], withdraw("v", uuid4(), 15), made[1])
+    assert [row.sqlstate for row in apply_all(service, made, atomic=True)] == ["WA409"] * 3
+    with pytest.raises(psycopg.Error) as exists:
+        call(service, "create_wallet", "w")
+    assert exists.value.sqlstate == "WA419"
 
 
 # Transfers

@@ -521,6 +521,18 @@ def test_forged_amounts_cannot_overflow_the_audit(tampering: psycopg.Connection)
     assert found(tampering) == {CHAIN}
 
 
+def test_forged_seqs_cannot_overflow_the_audit(tampering: psycopg.Connection) -> None:
+    create(tampering, {"full": 0})
+    tampering.execute("alter table wallet.operation drop constraint operation_pkey")
+    tampering.execute(
+        f"""
+        insert into wallet.operation (wallet_uuid, operation_type, operation_uuid, seq, amount, balance_after)
+        select 'full', 'DEPOSIT', gen_random_uuid(), {MAX}, 1, n from generate_series(1, 2) as n""".encode()
+    )
+
+    assert "seq has no gap" in found(tampering)
+
+
 def test_a_ledger_at_its_limits_is_in_order(service: psycopg.Connection) -> None:
     create(service, {"full": 0, "other": 0})
     apply(service, deposit("full", A, MAX))
