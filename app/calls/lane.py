@@ -273,7 +273,9 @@ class Lane:
                 outcomes = iter(found)
                 for waiting in sent:
                     own = list(islice(outcomes, len(waiting.requests)))
-                    if not waiting.outcomes.done():
+                    if line.unsure and any(map(Outcome.is_locked, own)):
+                        self._late.append(waiting)
+                    elif not waiting.outcomes.done():
                         waiting.outcomes.set_result(own)
                 self._sent[line] = []
         return good

@@ -172,6 +172,9 @@ class Line:
     A call whose outcome was lost is made again, once its backend is gone: otherwise a refusal could be answered now
     and the old call still apply the operation later. What the lost call had committed comes back as a duplicate of the
     very same request, and is reported as the success that it is.
+
+    A backend that is committing cannot be ended. `unsure`: one of the lost calls' is left, and may be who keeps a
+    wallet locked; so a 55P03 does not show that its request was not applied.
     """
 
     def __init__(self, settings: Settings, patience: float = 1, *, thorough: bool = False) -> None:
@@ -186,6 +189,7 @@ class Line:
         self._abandoned: asyncpg.Record | None = None
         self._abandoned_until = 0.0
         self._lost = False
+        self.unsure = False
         self._suspect = False
         self._clock: datetime | None = None
         self._clock_read = 0.0
@@ -208,7 +212,7 @@ class Line:
         `again`: the requests were in the call before, which was given up. `atomic`: all of them or none.
         """
         if not again:
-            self._lost = False
+            self._lost = self.unsure = False
         BATCH_SIZE.observe(len(requests))
         CALLS_IN_FLIGHT.inc()
         try:
@@ -380,6 +384,7 @@ class Line:
                     await asyncio.sleep(0.01)
                 else:
                     self._abandoned = None
+                    self.unsure = self.unsure or bool(alive)
             if (clock := self._ready()) is None:
                 clock = await self._connection.fetchval("select clock_timestamp()")
                 self._clock, self._clock_read = clock, loop.time()  # read at this moment or before

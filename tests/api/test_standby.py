@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 import re
 import signal
 import subprocess
@@ -204,6 +205,25 @@ async def test_a_repeat_for_a_locked_wallet_waits_for_the_standby(
                 assert [answer.status for answer in answers] == [503] * 4
                 holder.rollback()
         await problem(await deposit(client, wallet, 1, name), 400, "duplicate_operation")
+
+
+@pytest.mark.parametrize("way", OPERATIONS)
+async def test_a_lost_call_that_may_still_commit_is_no_refusal_though_it_keeps_its_wallet_locked(
+    way: str, wallet: str, primary: Postgres, standby: Postgres
+) -> None:
+    ask, _ = OPERATIONS[way]
+    name = uuid4()
+    async with client_of(primary, 2) as hasty:
+        with away(standby):
+            asked = asyncio.ensure_future(ask(hasty, wallet, name))
+            [pid] = await until(lambda: waiting(primary))
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            await problem(await asked, 503, "unavailable")
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        await problem(await deposit(hasty, wallet, 1, name), 400, "duplicate_operation")
+        assert await balance(hasty, wallet) == 11
 
 
 async def test_a_warning_of_a_trigger_s_is_no_lost_commit(client: TestClient, wallet: str, primary: Postgres) -> None:
