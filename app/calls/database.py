@@ -7,7 +7,7 @@ import random
 import socket
 from collections.abc import AsyncIterator, Iterator
 from contextvars import ContextVar
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, TypeGuard
 from uuid import UUID, uuid4
 
@@ -16,7 +16,7 @@ from aiohttp import web
 
 from app.calls.parties import PARTIES, Parties, Places
 from app.calls.records import Balance, Hold, Operation, Wallet, as_json, balance_of, hold_of, operation_of
-from app.calls.refusals import NO_ANSWER, NO_SUCCESS, Refusal
+from app.calls.refusals import NO_ANSWER, NO_SUCCESS, Refusal, message_of
 from app.calls.session import CONNECT_TIMEOUT, open_session
 from app.metrics import POOL_IN_USE
 from app.settings import Settings
@@ -226,7 +226,8 @@ class Pool:
         """Repeat a call until the database gives a definite answer. It must be safe to make it twice.
 
         A refusal is definite, and so is an error that a new session meets too and that time doesn't mend. Raises
-        Refusal, asyncpg.PostgresError for such an error, and TimeoutError after the deadline of a request.
+        Refusal, asyncpg.PostgresError for such an error, and TimeoutError after the deadline of a request, or for such
+        an error after an attempt that was lost.
         """
         async with asyncio.timeout_at(deadline_of(self.deadline)):
             return await self._fetch(query, *arguments)
@@ -245,8 +246,11 @@ class Pool:
                 raise
             except asyncpg.PostgresError as error:
                 extra = {"sqlstate": error.sqlstate}
-                _log.warning("no answer from the database: SQLSTATE %s: %s", error.sqlstate, error, extra=extra)
+                told = message_of(error)
+                _log.warning("no answer from the database: SQLSTATE %s: %s", error.sqlstate, told, extra=extra)
                 if error.sqlstate == before and not is_passing(error):
+                    if lost:  # an earlier attempt may have taken effect
+                        raise TimeoutError from None
                     raise
                 before = error.sqlstate
                 lost = lost or not nothing_changed(error)
@@ -371,10 +375,9 @@ async def _change(pool: Pool, query: str, *arguments: object) -> list[asyncpg.Re
 
 async def _last_moment(pool: Pool) -> datetime:
     """Return when a request that begins now is too late to change anything, by the database's clock."""
-    left = deadline_of(pool.deadline) - asyncio.get_running_loop().time()
-    rows = await pool.fetch("select clock_timestamp() + $1 * interval '1 s'", left - LEAD * pool.deadline)
-    moment: datetime = rows[0][0]
-    return moment
+    last = deadline_of(pool.deadline) - LEAD * pool.deadline
+    clock: datetime = (await pool.fetch("select clock_timestamp()"))[0][0]
+    return clock + timedelta(seconds=last - asyncio.get_running_loop().time())  # the clock was read before this
 
 
 async def get_wallet(pool: Pool, wallet_uuid: str) -> Wallet:

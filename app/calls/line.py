@@ -25,7 +25,7 @@ from app.calls.database import (
     session_survives,
 )
 from app.calls.records import Operation, operation_of
-from app.calls.refusals import LOCKED, NO_ANSWER, NO_SUCCESS, REFUSED, Refusal, code_of
+from app.calls.refusals import LOCKED, NO_ANSWER, NO_SUCCESS, REFUSED, Refusal, code_of, message_of
 from app.metrics import BATCH_SIZE, CALLS_IN_FLIGHT, OPERATIONS, RESENDS
 from app.settings import Settings
 
@@ -277,9 +277,10 @@ class Line:
             except (asyncpg.PostgresError, *NO_ANSWER) as error:
                 if isinstance(error, TimeoutError) and loop.time() >= last:
                     raise
-                sqlstate = str(error.sqlstate) if isinstance(error, asyncpg.PostgresError) else ""
-                told = f"SQLSTATE {sqlstate}: {error}" if nothing_changed(error) else type(error).__name__
-                extra = {"sqlstate": sqlstate} if sqlstate else {}
+                sqlstate, told, extra = "", type(error).__name__, {}
+                if isinstance(error, asyncpg.PostgresError):
+                    sqlstate = str(error.sqlstate)
+                    told, extra = f"SQLSTATE {sqlstate}: {message_of(error)}", {"sqlstate": sqlstate}
                 _log.warning("a call failed and is made again: %s", told, extra=extra)
                 self._clock = None  # after 57014 (too late) the database's clock may have been set: read it again
                 if called and not is_passing(error):

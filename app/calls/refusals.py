@@ -58,3 +58,8 @@ def code_of(sqlstate: str) -> str:
 
 class Overloaded(Exception):
     """Too many requests wait already: this one was not sent, and may be tried again later."""
+
+
+def message_of(error: asyncpg.PostgresError) -> str:
+    """Return what PostgreSQL says, for the log: without its DETAIL, which may hold a row's values."""
+    return str(error.args[0])

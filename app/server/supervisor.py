@@ -141,7 +141,7 @@ def announce(
 def supervise(settings: Settings, sockets: list[socket.socket], postgres: Postgres | None) -> None:
     """Run a worker on each socket, start again what ends by itself, and return when a signal says so."""
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-    workers = [start_worker(settings, listening) for listening in sockets]
+    workers = [start_worker(settings, sockets, number) for number in range(len(sockets))]
     happened = None  # look first: a SIGCHLD from before the signals were blocked is lost
     while happened is None or happened.si_signo == signal.SIGCHLD:
         if postgres is not None:
@@ -159,7 +159,7 @@ def supervise(settings: Settings, sockets: list[socket.socket], postgres: Postgr
                 time.sleep(0.5)
                 if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
                     mark_process_dead(worker.pid)  # type: ignore[no-untyped-call]
-                workers[number] = start_worker(settings, sockets[number])
+                workers[number] = start_worker(settings, sockets, number)
         happened = signal.sigtimedwait(_SIGNALS, LOOK_AT_LOG)
 
     for listening in sockets:
@@ -172,18 +172,22 @@ def supervise(settings: Settings, sockets: list[socket.socket], postgres: Postgr
         worker.kill()
 
 
-def start_worker(settings: Settings, listening: socket.socket) -> BaseProcess:
-    """Fork a worker that serves one socket."""
-    worker = _fork.Process(target=work, args=(settings, listening, os.getpid()), daemon=True)
+def start_worker(settings: Settings, sockets: list[socket.socket], number: int) -> BaseProcess:
+    """Fork a worker that serves the socket of this number."""
+    worker = _fork.Process(target=work, args=(settings, sockets, number, os.getpid()), daemon=True)
     worker.start()
     return worker
 
 
-def work(settings: Settings, listening: socket.socket, supervisor: int) -> None:
+def work(settings: Settings, sockets: list[socket.socket], number: int, supervisor: int) -> None:
     """Serve one socket until SIGTERM; then answer what is in flight."""
     die_with_parent(signal.SIGKILL)
     if os.getppid() != supervisor:
         return
+    listening = sockets[number]
+    for other in sockets:
+        if other is not listening:  # else it would go on taking connections once its own worker is gone
+            other.close()
     os.setsid()  # a Ctrl-C is for the supervisor, which then stops the workers in its turn
     logs.configure(settings.log_level)
     spare_the_collector()

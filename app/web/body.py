@@ -7,6 +7,7 @@ from collections import Counter
 from aiohttp import HttpVersion11, hdrs, web
 from aiohttp.http_exceptions import HttpProcessingError
 
+from app.calls.database import UNTIL
 from app.calls.parties import PARTY, check_share
 from app.web.keys import check_again
 from app.web.problems import Problem, invalid
@@ -114,6 +115,7 @@ async def receive_body(request: web.Request, limit: int) -> Body:
     except TimeoutError:
         told = f"The body was too slow: it may pause for {BODY_TIMEOUT:g} seconds, and needs {BODY_RATE} bytes a second"
         raise Problem(408, "request_timeout", told) from None
+    UNTIL.set(None)  # the time of a request begins when it is here
     with contextlib.ExitStack() as stack:
         stack.push(received)
         await check_again(request)

@@ -238,6 +238,15 @@ def check_protocol(request: web.Request) -> None:
         raise unknown_coding()
 
 
+def check_presence(request: web.Request) -> None:
+    """Raise the Problem for a request whose client has hung up, perhaps long ago, while this process was stopped.
+
+    It may have been repeated elsewhere and refused, so it must not be begun now.
+    """
+    if request.transport is None or request.transport.is_closing():
+        raise Problem(408, "request_timeout", "The client has hung up")
+
+
 def bad_http(error: _ErrInfo) -> Problem:
     """Return the problem for what the parser did not take, or a connection refused."""
     if error.status == 408:

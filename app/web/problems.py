@@ -8,7 +8,7 @@ import asyncpg
 import msgspec
 from aiohttp import web
 
-from app.calls.refusals import DATABASE_REFUSED, NO_ANSWER, REFUSALS, REFUSED, Overloaded, Refusal
+from app.calls.refusals import DATABASE_REFUSED, NO_ANSWER, REFUSALS, REFUSED, Overloaded, Refusal, message_of
 from app.web.response import WholeResponse
 
 RETRY = {"Retry-After": "1"}
@@ -133,7 +133,8 @@ def answer_to(error: Exception) -> web.Response:
             return overloaded(str(error)).response()
         case asyncpg.PostgresError():
             extra = {"sqlstate": error.sqlstate, "code": DATABASE_REFUSED[1]}
-            _log.warning("the database refused a request: SQLSTATE %s: %s", error.sqlstate, error, extra=extra)
+            told = message_of(error)
+            _log.warning("the database refused a request: SQLSTATE %s: %s", error.sqlstate, told, extra=extra)
             return refusal(str(error.sqlstate), REFUSED).response()
         case _ if isinstance(error, NO_ANSWER):
             _log.warning("no answer from the database: %s", type(error).__name__, extra={"code": "unavailable"})

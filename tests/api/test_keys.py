@@ -604,6 +604,27 @@ async def test_a_request_that_has_waited_for_the_keys_is_not_applied_after_its_d
     assert superuser.execute("select balance from wallet.balance").fetchone() == (0,)
 
 
+async def test_a_body_that_comes_slowly_after_a_wait_for_the_keys_is_not_too_late(
+    proxy: Proxy, superuser: psycopg.Connection, aiohttp_client: AiohttpClient
+) -> None:
+    where, url = str(proxy.address), through(proxy, superuser)
+    await proxy.close()
+    superuser.execute("select from wallet.create_wallet('w')")
+    secret = make_key(superuser, "shop", *SCOPES)
+    client = await make_client(url, aiohttp_client, request_deadline=1)
+    body = json.dumps({"operations": [operation("w")]}).encode()
+
+    async def slowly() -> AsyncIterator[bytes]:
+        yield body[:10]
+        await asyncio.sleep(0.3)
+        await proxy.listen(where)
+        await asyncio.sleep(1.2)
+        yield body[10:]
+
+    headers = bearer(secret) | {"Content-Type": "application/json"}
+    assert (await client.post("/api/v1/operations", data=slowly(), headers=headers)).status == 200
+
+
 # Unknown keys
 
 

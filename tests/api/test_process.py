@@ -103,7 +103,8 @@ class Service:
     def workers(self) -> set[int]:
         """Return the pids of the workers. They are forked after the service has said that it listens."""
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
-        return {int(pid) for pid in children.split()} - {self.postgres()}
+        running = running_server(self.home)
+        return {int(pid) for pid in children.split()} - {running[0] if running else None}
 
     def url(self, user: str = "postgres") -> str:
         """Return the URI of the database for a user."""
@@ -325,6 +326,14 @@ def answers(service: Service) -> bool:
         return False
 
 
+def refuses_connections(service: Service) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", service.port)).close()
+    except ConnectionRefusedError:
+        return True
+    return False
+
+
 # Stopping
 
 
@@ -358,6 +367,51 @@ def test_it_stops_after_it_has_answered(start: Start, how: str) -> None:
     assert running_server(service.home) is None
     assert not socket_folder.exists()
     assert start().balance("1111111111") == 1000
+
+
+def test_while_one_worker_answers_the_last_requests_no_other_s_connections_are_accepted(
+    start: Start, database_url: str, superuser: psycopg.Connection
+) -> None:
+    superuser.execute("select from wallet.create_wallet('w')")
+    service = start(WORKERS="2", DATABASE_URL=database_url)
+    deposit = {"operation_uuid": str(uuid4()), "operation_type": "DEPOSIT", "amount": 1}
+    statuses: list[int] = []
+    with psycopg.connect(superuser.info.dsn) as other:
+        other.execute("select from wallet.wallet where uuid = 'w' for update")
+        in_flight = threading.Thread(
+            target=lambda: statuses.append(service.ask("/api/v1/wallets/w/operation", deposit)[0])
+        )
+        in_flight.start()
+        wait_until(lambda: superuser.execute("select pid from pg_locks where not granted").fetchone())
+        service.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: refuses_connections(service), 5)
+        assert statuses == []
+    in_flight.join(30)
+    assert statuses == [200]
+    assert service.process.wait(30) == 0
+
+
+def test_what_a_client_sent_that_has_hung_up_since_is_not_begun(
+    start: Start, database_url: str, superuser: psycopg.Connection
+) -> None:
+    """The worker was stopped meanwhile: the request may have been repeated elsewhere and refused."""
+    superuser.execute("select from wallet.create_wallet('w')")
+    service = start(DATABASE_URL=database_url)
+    [worker] = service.workers()
+    body = json.dumps({"operation_uuid": str(uuid4()), "operation_type": "DEPOSIT", "amount": 1})
+    head = "POST /api/v1/wallets/w/operation HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    request = f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode()
+    kept = [socket.create_connection(("127.0.0.1", service.port)) for _ in range(2)]
+    for connection in kept:
+        connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert connection.recv(1000).startswith(b"HTTP/1.1 200")
+    os.kill(worker, signal.SIGSTOP)
+    for connection in (*kept, socket.create_connection(("127.0.0.1", service.port))):
+        connection.sendall(request)
+        connection.close()
+    os.kill(worker, signal.SIGCONT)
+    wait_until(lambda: service.said().count('"status":408') == 3, 5)
+    assert service.balance("w") == 0
 
 
 # Not starting

@@ -21,9 +21,10 @@ from app.calls.parties import Parties
 from app.calls.trouble import Trouble
 from app.settings import Settings
 from app.web.application import make_app
-from tests.api.door import balance, create, deposit, history, path, problem, transfer, withdraw
-from tests.api.test_lanes import applied, in_one_call, locked, until, waiting_call
+from tests.api.door import balance, create, deposit, history, path, problem, put, transfer, withdraw
+from tests.api.test_lanes import applied, in_one_call, locked, through, until, waiting_call
 from tests.conftest import url_of
+from tests.proxy import Point, Proxy
 
 A = UUID("aaaaaaaa-0000-4000-8000-00000000000a")
 B = UUID("bbbbbbbb-0000-4000-8000-00000000000b")
@@ -635,10 +636,44 @@ async def test_a_time_that_python_does_not_know_is_passed_on(
     assert found["created_at"].startswith(moment[:8].strip())
 
 
-async def test_a_wallet_that_the_database_refuses_is_refused_at_once(
-    client: TestClient, superuser: psycopg.Connection
+NO_X = "alter table wallet.wallet add constraint no_x check (uuid <> 'x') not valid"
+
+
+async def test_a_wallet_that_the_database_refuses_is_refused_at_once_and_what_it_is_stays_out_of_the_log(
+    client: TestClient, superuser: psycopg.Connection, caplog: pytest.LogCaptureFixture
 ) -> None:
-    superuser.execute("alter table wallet.wallet add constraint no_x check (uuid <> 'x') not valid")
+    superuser.execute(NO_X)
+    asked = {"uuid": "x", "currency": "S3CRET"}
     async with asyncio.timeout(2):
-        await problem(await client.post("/api/v1/wallets", json={"uuid": "x"}), 503, "database_refused")
+        await problem(await client.post("/api/v1/wallets", json=asked), 503, "database_refused")
+    assert "no_x" in caplog.text
+    assert "S3CRET" not in caplog.text  # it stands in the DETAIL
     assert (await client.post("/api/v1/wallets", json={"uuid": "y"})).status == 201
+
+
+async def test_what_the_database_refuses_after_a_lost_attempt_may_have_been_done_by_that(
+    proxy: Proxy, superuser: psycopg.Connection, aiohttp_client: AiohttpClient
+) -> None:
+    client = await aiohttp_client(make_app(Settings(database_url=through(proxy, superuser))))
+    superuser.execute(NO_X)
+    cut = proxy.cut_next(b"wallet.create_wallet", Point.AFTER_THE_CALL)
+    await problem(await client.post("/api/v1/wallets", json={"uuid": "x"}), 503, "unavailable")
+    assert cut.done()
+
+
+async def test_what_was_applied_stays_so_although_the_database_would_refuse_it_now(
+    proxy: Proxy, superuser: psycopg.Connection, aiohttp_client: AiohttpClient
+) -> None:
+    client = await aiohttp_client(make_app(Settings(database_url=through(proxy, superuser))))
+    await create(client, {"x": 100})
+    superuser.execute("alter table wallet.operation add constraint cap check (balance_after <= 150) not valid")
+    superuser.execute(NO_X)
+    assert (await client.put(path("x"))).status == 200
+
+    cut = proxy.cut_next(b"wallet.apply_operation", Point.BEFORE_THE_ANSWER)
+    assert (await put(client, "x", "DEPOSIT", 50, A)).status == 201
+    assert cut.done()
+    assert (await put(client, "x", "DEPOSIT", 50, A)).status == 200
+    await problem(await deposit(client, "x", 50, A), 400, "duplicate_operation")
+    await problem(await deposit(client, "x", 1, B), 503, "database_refused")
+    assert await balance(client, "x") == 150
