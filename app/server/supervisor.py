@@ -199,7 +199,7 @@ def work(settings: Settings, sockets: list[socket.socket], number: int, supervis
             loop=uvloop.new_event_loop(),
             print=None,
             access_log=None,
-            shutdown_timeout=settings.shutdown_timeout,
+            shutdown_timeout=max(settings.shutdown_timeout / 2, 0.001),  # waited for twice; 0 would be for ever
         )
     except KeyboardInterrupt:  # before it served
         pass

@@ -391,6 +391,29 @@ def test_while_one_worker_answers_the_last_requests_no_other_s_connections_are_a
     assert service.process.wait(30) == 0
 
 
+@pytest.mark.parametrize("seconds", ["0", "2"])
+def test_a_request_that_does_not_end_is_waited_for_no_longer_than_the_shutdown_timeout(
+    start: Start, database_url: str, superuser: psycopg.Connection, seconds: str
+) -> None:
+    superuser.execute("select from wallet.create_wallet('w')")
+    service = start(DATABASE_URL=database_url, SHUTDOWN_TIMEOUT=seconds, REQUEST_DEADLINE="60")
+    body = {"operation_uuid": str(uuid4()), "operation_type": "DEPOSIT", "amount": 1}
+
+    def client() -> None:
+        with pytest.raises(ConnectionError):
+            service.ask("/api/v1/wallets/w/operation", body)
+
+    with psycopg.connect(superuser.info.dsn) as other:
+        other.execute("select from wallet.wallet where uuid = 'w' for update")
+        in_flight = threading.Thread(target=client)
+        in_flight.start()
+        wait_until(lambda: superuser.execute("select pid from pg_locks where not granted").fetchone())
+        began = time.monotonic()
+        assert service.stop() == 0
+        assert float(seconds) - 0.1 < time.monotonic() - began < float(seconds) + 1.8
+    in_flight.join(30)
+
+
 def test_what_a_client_sent_that_has_hung_up_since_is_not_begun(
     start: Start, database_url: str, superuser: psycopg.Connection
 ) -> None:
