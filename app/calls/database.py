@@ -45,6 +45,8 @@ LEAD = 0.05
 """The part of a deadline that is left when a call is given up: room for clock skew."""
 IDLE = 10.0
 """Seconds after which a connection that nobody needs is closed."""
+POOL_LOCK_TIMEOUT = 0.2
+"""Seconds that a change waits for a locked wallet before it gives its connection to others, and tries again."""
 READ_DIVISOR = 4
 """In contention, one party may have the pool's size divided by this: each read keeps a core busy."""
 
@@ -180,13 +182,14 @@ class Pool:
         self._url = url
         self.deadline = deadline
         self._places = Places(size, lambda: max(size // READ_DIVISOR, 1) if parties.in_contention() else size)
+        self._changes = Places(max(size // 2, 1))
         self._idle: list[tuple[Any, float]] = []
 
     @contextlib.asynccontextmanager
-    async def connection(self) -> AsyncIterator[Any]:
-        """Lend a connection."""
-        async with self._places.place():
-            connection = self._take() or await connect(self._url, self.deadline)
+    async def connection(self, *, change: bool = False) -> AsyncIterator[Any]:
+        """Lend a connection; no more than half of them for changes, which may wait for locked wallets."""
+        async with self._changes.place() if change else contextlib.nullcontext(), self._places.place():
+            connection = self._take() or await connect(self._url, self.deadline, lock_timeout=POOL_LOCK_TIMEOUT)
             POOL_IN_USE.inc()
             good = True
             try:
@@ -222,7 +225,7 @@ class Pool:
             while self._idle and self._idle[0][1] < long_ago:
                 self._idle.pop(0)[0].terminate()
 
-    async def fetch(self, query: str, *arguments: object) -> list[asyncpg.Record]:
+    async def fetch(self, query: str, *arguments: object, change: bool = False) -> list[asyncpg.Record]:
         """Repeat a call until the database gives a definite answer. It must be safe to make it twice.
 
         A refusal is definite, and so is an error that a new session meets too and that time doesn't mend. Raises
@@ -230,15 +233,15 @@ class Pool:
         an error after an attempt that was lost.
         """
         async with asyncio.timeout_at(deadline_of(self.deadline)):
-            return await self._fetch(query, *arguments)
+            return await self._fetch(query, *arguments, change=change)
 
-    async def _fetch(self, query: str, *arguments: object) -> list[asyncpg.Record]:
+    async def _fetch(self, query: str, *arguments: object, change: bool) -> list[asyncpg.Record]:
         pause = pauses()
         lost, before = False, None
         limit: float | None = FIRST_ATTEMPT * self.deadline
         while True:
             try:
-                async with self.connection() as connection, asyncio.timeout(limit):
+                async with self.connection(change=change) as connection, asyncio.timeout(limit):
                     rows: list[asyncpg.Record] = await connection.fetch(query, *arguments)
                     return rows
             except Refusal as error:
@@ -247,7 +250,8 @@ class Pool:
             except asyncpg.PostgresError as error:
                 extra = {"sqlstate": error.sqlstate}
                 told = message_of(error)
-                _log.warning("no answer from the database: SQLSTATE %s: %s", error.sqlstate, told, extra=extra)
+                if error.sqlstate != "55P03":  # tried again and again while a wallet stays locked
+                    _log.warning("no answer from the database: SQLSTATE %s: %s", error.sqlstate, told, extra=extra)
                 if error.sqlstate == before and not is_passing(error):
                     if lost:  # an earlier attempt may have taken effect
                         raise TimeoutError from None
@@ -366,7 +370,7 @@ async def _change(pool: Pool, query: str, *arguments: object) -> list[asyncpg.Re
     nothing itself. So commit a message: that waits until the standby has everything before it.
     """
     try:
-        return await pool.fetch(query, *arguments)
+        return await pool.fetch(query, *arguments, change=True)
     except Refusal as error:
         if error.sqlstate != "WA400":
             await pool.fetch(REPLICATED)

@@ -677,3 +677,24 @@ async def test_what_was_applied_stays_so_although_the_database_would_refuse_it_n
     await problem(await deposit(client, "x", 50, A), 400, "duplicate_operation")
     await problem(await deposit(client, "x", 1, B), 503, "database_refused")
     assert await balance(client, "x") == 150
+
+
+async def test_changes_that_wait_for_a_locked_wallet_hold_up_nothing_else(
+    database_url: str, superuser: psycopg.Connection, aiohttp_client: AiohttpClient
+) -> None:
+    settings = Settings(database_url=database_url, pool_size=2, request_deadline=3)
+    client = await aiohttp_client(make_app(settings))
+    await create(client, {"w": 0, "v": 0})
+    with locked(superuser, "w"):
+        waiting = [asyncio.create_task(client.patch(path("w"), json={"status": "FROZEN"})) for _ in range(4)]
+        await asyncio.sleep(0.3)
+        async with asyncio.timeout(2):
+            for _ in range(3):
+                assert (await client.get(path("v"))).status == 200
+                assert (await client.get("/readyz")).status == 200
+            assert (await client.patch(path("v"), json={"status": "FROZEN"})).status == 200
+            assert (await client.put(path("new"))).status == 201
+        assert not any(task.done() for task in waiting)
+        for task in waiting:
+            await problem(await task, 503, "unavailable")
+    assert (await client.patch(path("w"), json={"status": "FROZEN"})).status == 200
