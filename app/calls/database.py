@@ -229,8 +229,8 @@ class Pool:
         """Repeat a call until the database gives a definite answer. It must be safe to make it twice.
 
         A refusal is definite, and so is an error that a new session meets too and that time doesn't mend. Raises
-        Refusal, asyncpg.PostgresError for such an error, and TimeoutError after the deadline of a request, or for such
-        an error after an attempt that was lost.
+        Refusal, asyncpg.PostgresError for such an error or (55P03) if a change met a lock until the deadline, and
+        TimeoutError at the deadline of a request, or for such an error after an attempt that was lost.
         """
         async with asyncio.timeout_at(deadline_of(self.deadline)):
             return await self._fetch(query, *arguments, change=change)
@@ -238,6 +238,7 @@ class Pool:
     async def _fetch(self, query: str, *arguments: object, change: bool) -> list[asyncpg.Record]:
         pause = pauses()
         lost, before = False, None
+        last = deadline_of(self.deadline) - LEAD * self.deadline
         limit: float | None = FIRST_ATTEMPT * self.deadline
         while True:
             try:
@@ -250,8 +251,12 @@ class Pool:
             except asyncpg.PostgresError as error:
                 extra = {"sqlstate": error.sqlstate}
                 told = message_of(error)
-                if error.sqlstate != "55P03":  # tried again and again while a wallet stays locked
-                    _log.warning("no answer from the database: SQLSTATE %s: %s", error.sqlstate, told, extra=extra)
+                if error.sqlstate == "55P03":  # tried again and again while a wallet stays locked
+                    if change and not lost and asyncio.get_running_loop().time() + POOL_LOCK_TIMEOUT > last:
+                        raise
+                    await asyncio.sleep(next(pause))
+                    continue
+                _log.warning("no answer from the database: SQLSTATE %s: %s", error.sqlstate, told, extra=extra)
                 if error.sqlstate == before and not is_passing(error):
                     if lost:  # an earlier attempt may have taken effect
                         raise TimeoutError from None
@@ -373,7 +378,7 @@ async def _change(pool: Pool, query: str, *arguments: object) -> list[asyncpg.Re
         return await pool.fetch(query, *arguments, change=True)
     except Refusal as error:
         if error.sqlstate != "WA400":
-            await pool.fetch(REPLICATED)
+            await pool.fetch(REPLICATED, change=True)
         raise
 
 

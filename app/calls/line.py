@@ -385,7 +385,7 @@ class Line:
                     await asyncio.sleep(0.01)
                 else:
                     self._abandoned = None
-                    self.unsure = self.unsure or bool(alive)
+                    self.unsure = self.unsure or (self._lost and bool(alive))
             if (clock := self._ready()) is None:
                 clock = await self._connection.fetchval("select clock_timestamp()")
                 self._clock, self._clock_read = clock, loop.time()  # read at this moment or before

@@ -8,7 +8,7 @@ import asyncpg
 import msgspec
 from aiohttp import web
 
-from app.calls.refusals import DATABASE_REFUSED, NO_ANSWER, REFUSALS, REFUSED, Overloaded, Refusal, message_of
+from app.calls.refusals import DATABASE_REFUSED, LOCKED, NO_ANSWER, REFUSALS, REFUSED, Overloaded, Refusal, message_of
 from app.web.response import WholeResponse
 
 RETRY = {"Retry-After": "1"}
@@ -135,7 +135,7 @@ def answer_to(error: Exception) -> web.Response:
             extra = {"sqlstate": error.sqlstate, "code": DATABASE_REFUSED[1]}
             told = message_of(error)
             _log.warning("the database refused a request: SQLSTATE %s: %s", error.sqlstate, told, extra=extra)
-            return refusal(str(error.sqlstate), REFUSED).response()
+            return refusal(str(error.sqlstate), LOCKED if error.sqlstate == "55P03" else REFUSED).response()
         case _ if isinstance(error, NO_ANSWER):
             _log.warning("no answer from the database: %s", type(error).__name__, extra={"code": "unavailable"})
             return unavailable("The database did not answer in time").response()

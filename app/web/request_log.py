@@ -14,7 +14,7 @@ from msgspec import UNSET
 from app.calls.parties import PARTY
 from app.logs import PEER, REQUEST_ID, AccessLine, AccessLog
 from app.metrics import REQUEST_SECONDS
-from app.web.connections import check_presence, check_protocol
+from app.web.connections import check_presence, check_protocol, was_paused
 from app.web.problems import answer_to
 from app.web.slash import redirection
 
@@ -48,7 +48,8 @@ async def answer(
     response: web.StreamResponse | None
     try:
         check_protocol(request)
-        check_presence(request)
+        if was_paused(started):
+            await check_presence(request)
         try:
             response = await handler(request)
         except web.HTTPNotFound:

@@ -267,3 +267,20 @@ async def test_a_key_is_made_or_revoked_only_once_the_standby_knows(primary: Pos
             assert (await ask(*command)).stderr == "error: Key already exists\n"
         else:
             assert "is revoked since" in (await ask(*command)).stderr
+
+
+async def test_refused_changes_that_wait_for_the_standby_leave_connections_to_reads(
+    primary: Postgres, standby: Postgres
+) -> None:
+    settings = Settings(database_url=primary.url(LOGIN), lanes=1, pool_size=2, request_deadline=4)
+    async with TestClient(TestServer(make_app(settings))) as client:
+        name = str(uuid4())
+        await create(client, {name: 0})
+        with away(standby):
+            asked = [asyncio.ensure_future(client.put(path(name))) for _ in range(4)]
+            await until(lambda: waiting(primary))
+            async with asyncio.timeout(1):
+                for _ in range(5):
+                    assert (await client.get(path(name))).status == 200
+            assert not any(answer.done() for answer in asked)
+        assert {(await answer).status for answer in asked} <= {200, 503}
