@@ -107,9 +107,12 @@ def main(name: str) -> None:
     """Write the migration."""
     migrations = sorted(MIGRATIONS.glob("*.sql"))
     path, written = MIGRATIONS / f"{datetime.now(UTC):%Y%m%d%H%M%S}_{name}.sql", ""
-    for number, one in enumerate(migrations):
+    for number, one in enumerate(migrations, 1):
         if one.stem.partition("_")[2] == name:
-            path, written, migrations = one, one.read_text(), migrations[:number]
+            if number < len(migrations):
+                sys.exit(f"there are later migrations than {one.name}: choose another name")
+            path, written = one, one.read_text()
+            migrations.pop()
             break
     before, after = migrated(migrations), files()
     if before == after:

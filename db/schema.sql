@@ -2198,9 +2198,9 @@ CREATE FUNCTION wallet.verify() RETURNS TABLE(invariant text, wallet_uuid text, 
   group by w.id
   having count(*) > 1
   union all
-  select 'closed wallet is empty', b.uuid, b.seq, format('balance %s, held %s', b.balance, b.held)
+  select 'closed wallet is empty', b.uuid, b.seq, format('balance %s', b.balance)
   from wallet.balance as b
-  where b.status = 'CLOSED' and (b.balance <> 0 or b.held <> 0)
+  where b.status = 'CLOSED' and b.balance <> 0
   union all
   select 'operation belongs to a wallet', h.wallet_uuid, h.seq, format('operation %s', h.operation_uuid)
   from history as h
@@ -2219,6 +2219,7 @@ CREATE FUNCTION wallet.verify() RETURNS TABLE(invariant text, wallet_uuid text, 
     or h.amount <= 0 or h.balance_after < 0
     or (h.operation_type in ('DEPOSIT', 'RECEIVE', 'HOLD') and h.hold_uuid is not null)
     or (h.operation_type <> 'HOLD' and h.expires_at is not null) or h.expires_at <= h.created_at
+    or h.expires_at >= '10000-01-01 00:00:00+00'
     or (h.operation_type = 'EXPIRE' and (h.operation_uuid <> h.hold_uuid or h.metadata is not null))
     or jsonb_typeof(h.metadata) <> 'object' or h.metadata = '{}' or octet_length(h.metadata::text) > 2048
   union all
@@ -2251,17 +2252,21 @@ CREATE FUNCTION wallet.verify() RETURNS TABLE(invariant text, wallet_uuid text, 
   where (h.wallet_uuid, h.operation_uuid, h.seq, h.amount, h.expires_at, h.created_at)
     is distinct from (o.wallet_uuid, o.hold_uuid, o.seq, o.amount, o.expires_at, o.created_at)
   union all
+  select 'an open hold stands once', min(o.wallet_uuid), min(o.seq), format('hold %s stands %s times', o.hold_uuid, count(*))
+  from wallet.hold as o
+  group by o.hold_uuid
+  having count(*) > 1
+  union all
   select
     'an operation records the holds that are due', o.wallet_uuid, o.seq,
     format('hold %s, due at %s, is open; last operation at %s', o.hold_uuid, o.expires_at, h.last)
   from wallet.hold as o
   inner join (
-    select h.wallet_uuid, max(h.created_at) as last
+    select h.wallet_uuid, max(h.created_at) as last, max(h.created_at) filter (where h.operation_type <> 'EXPIRE') as last_asked
     from history as h
-    where h.operation_type <> 'EXPIRE'
     group by h.wallet_uuid
   ) as h on h.wallet_uuid = o.wallet_uuid
-  where o.expires_at <= h.last
+  where o.expires_at <= h.last_asked or o.expires_at < h.last -- of holds due at one moment some may be recorded by hand
   union all
   select
     'held_after follows from the operation before', h.wallet_uuid, h.seq,

@@ -280,6 +280,17 @@ def test_there_is_nothing_but_the_five_wallets(up: SimpleNamespace) -> None:
         get(up, "/api/v1/wallets/6666666666")
 
 
+def test_a_ledger_with_wallets_gets_no_others_whatever_it_says_of_demonstrations(up: SimpleNamespace) -> None:
+    rename = "alter table public.{} rename to {}"
+    up.postgres.psql("wallet", "-c", rename.format("wallet_testdata_migrations", "kept"))
+    try:
+        assert up.run(MIGRATE, MIGRATE["command"], subprocess.run).returncode == 0
+        demonstrated = "select to_regclass('public.wallet_testdata_migrations') is not null"
+        assert up.postgres.psql("wallet", "-c", demonstrated) == "f"
+    finally:
+        up.postgres.psql("wallet", "-c", rename.format("kept", "wallet_testdata_migrations"))
+
+
 def test_the_image_s_health_check_passes_while_the_backend_serves(up: SimpleNamespace) -> None:
     check = probe(dockerfile("HEALTHCHECK")[0])
     assert up.run(BACKEND, check, subprocess.run).returncode == 0
@@ -312,6 +323,13 @@ def login(up: SimpleNamespace, password: str) -> str:
         [BINARIES / "psql", "-qtAc", "select 1", url], env={"PGPASSWORD": password}, capture_output=True, text=True
     )
     return (ran.stdout + ran.stderr).strip()
+
+
+def test_a_login_that_has_lost_its_rights_has_them_again(up: SimpleNamespace) -> None:
+    up.postgres.psql("wallet", "-c", "revoke wallet_app from wallet_service")
+    up.run(MIGRATE, MIGRATE["command"], subprocess.run, check=True)
+    member = "select pg_has_role('wallet_service', 'wallet_app', 'member')"
+    assert up.postgres.psql("wallet", "-c", member) == "t"
 
 
 def test_another_password_of_the_backend_is_good_from_the_next_start_on(up: SimpleNamespace) -> None:

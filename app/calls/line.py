@@ -125,6 +125,10 @@ class Outcome(NamedTuple):
         """Tell whether it was applied by the very call that says so, not by one that was lost before."""
         return self.sqlstate is None and self.same_request is True
 
+    def shows_free(self) -> bool:
+        """Tell whether it shows that its wallets were not locked."""
+        return self.is_new() or (self.is_ours() and self.sqlstate not in _SAY_NOTHING)
+
     def is_locked(self) -> bool:
         """Tell whether its wallet was locked, or it was left out of the call (UNTRIED)."""
         return self.sqlstate == "55P03"
@@ -138,24 +142,38 @@ class Outcome(NamedTuple):
         return None if self.operation is None else operation_of(self.operation)
 
 
+_SAY_NOTHING = (None, "WA400", "WA404", "WA409")
+"""Outcomes that don't show that a wallet is free now: a lost call may have applied it, or no lock was needed."""
+
+
 class Found:
     """What came of the earlier parts of a call: the operations applied, and the wallets to leave out of later parts.
 
-    A wallet is left out once the database itself refused a request on it. A refused transfer adds no wallet: it doesn't
-    show which of its two was the cause. A request that is left out adds all of its wallets, so that no later one
-    overtakes it.
+    A wallet is left out once it was locked: each part would wait for it again, and a request might overtake an earlier
+    one. A line that is not `thorough` also leaves it out once the database itself refused a request on it; a refused
+    transfer adds no wallet then: it doesn't show which of its two was the cause. A request that is left out adds all of
+    its wallets, so that no later one overtakes it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, thorough: bool) -> None:
         self.applied: set[UUID] = set()
         self.later: set[str] = set()
+        self._thorough = thorough
 
     def note(self, requests: Sequence[Request], outcomes: Sequence[Outcome]) -> None:
         """Note what came of a part."""
-        for request, outcome in zip(requests, outcomes, strict=True):
+        fared = list(zip(requests, outcomes, strict=True))
+        locked = {wallet for request, outcome in fared if outcome.is_locked() for wallet in request.wallets()}
+        if locked:
+            free = {wallet for request, outcome in fared if outcome.shows_free() for wallet in request.wallets()}
+            self.later |= locked - free
+        for request, outcome in fared:
             if outcome.sqlstate is None:
                 self.applied.add(request.operation_uuid)
-            elif not (outcome.is_ours() or outcome.is_locked()) and request.counterparty_uuid is None:
+            elif outcome.is_locked():
+                if self.later.isdisjoint(request.wallets()):  # it was locked for a moment only
+                    self.later.update(request.wallets())
+            elif not (self._thorough or outcome.is_ours() or request.counterparty_uuid is not None):
                 self.later.add(request.wallet_uuid)
 
     def leave_out(self, request: Request) -> bool:
@@ -217,7 +235,7 @@ class Line:
         CALLS_IN_FLIGHT.inc()
         try:
             if atomic or most is None or len(requests) <= most:
-                outcomes = await self._apply(requests, last, Found(), atomic)
+                outcomes = await self._apply(requests, last, Found(thorough=self._thorough), atomic)
             else:
                 outcomes = await self._apply_in_parts(requests, last, most)
         except TimeoutError:
@@ -234,7 +252,7 @@ class Line:
     async def _apply_in_parts(self, requests: Sequence[Request], last: float, most: int) -> list[Outcome]:
         """Make a call in parts of `most` requests, one after another, and leave the database to others in between."""
         loop = asyncio.get_running_loop()
-        lost, found, outcomes, took = self._lost, Found(), list[Outcome](), 0.0
+        lost, found, outcomes, took = self._lost, Found(thorough=self._thorough), list[Outcome](), 0.0
         for begin in range(0, len(requests), most):
             await asyncio.sleep(min(took, PART_PAUSE))
             self._lost = lost  # a lost call of the part before did not have this part in it
@@ -253,7 +271,7 @@ class Line:
         `found`: what came of earlier parts of the same call, if it is made in parts. Requests for wallets that it
         leaves out are UNTRIED: else each would be refused too, and have the call sent again in halves.
         """
-        if found.later and not (self._lost or self._thorough):
+        if found.later and not self._lost:
             tried = [not found.leave_out(request) for request in requests]
             if not all(tried):
                 rest = list(compress(requests, tried))
@@ -285,9 +303,10 @@ class Line:
                 self._clock = None  # after 57014 (too late) the database's clock may have been set: read it again
                 if called and not is_passing(error):
                     if len(requests) > 1 and not atomic:
-                        half = len(requests) // 2
+                        half, lost = len(requests) // 2, self._lost
                         first = await self._apply(requests[:half], last, found)
                         found.note(requests[:half], first)
+                        self._lost = lost  # a lost call of the first half did not have the second in it
                         return [*first, *await self._apply(requests[half:], last, found)]
                     if sqlstate == objection or (is_deliberate(error) and not atomic):
                         return [refused(sqlstate)] * len(requests)

@@ -7,8 +7,6 @@ from app.metrics import WALLETS_APART
 
 LIMIT = 10_000
 """Wallets that are known to be in trouble, at most."""
-_SAY_NOTHING = (None, "WA400", "WA404", "WA409")
-"""Outcomes that don't show that a wallet is free now: a lost call may have applied it, or no lock was needed."""
 
 
 class Trouble:
@@ -42,12 +40,7 @@ class Trouble:
         if not failed and not self.wallets:
             return
         applied = {wallet for request, outcome in fared if outcome.is_new() for wallet in request.wallets()}
-        free = applied | {
-            wallet
-            for request, outcome in fared
-            if outcome.is_ours() and outcome.sqlstate not in _SAY_NOTHING
-            for wallet in request.wallets()
-        }
+        free = {wallet for request, outcome in fared if outcome.shows_free() for wallet in request.wallets()}
         for wallet in applied & self.refusals.keys():
             del self.refusals[wallet]
         free -= self.refusals.keys()

@@ -3,4 +3,4 @@ create unique index concurrently if not exists operation_requested_idx on wallet
 where operation_type not in ('RECEIVE', 'EXPIRE');
 
 -- migrate:down transaction:false
-drop index concurrently wallet.operation_requested_idx;
+drop index concurrently if exists wallet.operation_requested_idx;

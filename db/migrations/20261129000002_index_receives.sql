@@ -3,4 +3,4 @@ create unique index concurrently if not exists operation_receive_idx on wallet.o
 where operation_type = 'RECEIVE';
 
 -- migrate:down transaction:false
-drop index concurrently wallet.operation_receive_idx;
+drop index concurrently if exists wallet.operation_receive_idx;

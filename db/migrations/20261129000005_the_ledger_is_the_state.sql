@@ -5,6 +5,33 @@ set local role wallet_owner;
 
 -- By hand
 
+-- From here on a wallet's balance is what its last operation says. Where somebody has changed the table by hand, it would change.
+do $$
+declare
+  v_different text;
+begin
+  select string_agg(d.uuid, ', ' order by d.uuid) into v_different
+  from (
+    select w.uuid
+    from wallet.wallet as w
+    left join lateral (
+      select l.balance_after, l.seq
+      from wallet.operation as l
+      where l.wallet_uuid = w.uuid
+      order by l.seq desc
+      limit 1
+    ) as o on true
+    where w.balance <> coalesce(o.balance_after, 0) or w.seq <> coalesce(o.seq, 0)
+    order by w.uuid
+    limit 10
+  ) as d;
+  if v_different is not null then
+    raise exception 'refused: wallets whose balance or seq is not that of their last operation: %; nothing was changed', v_different
+      using hint = 'select * from wallet.verify() tells of all. Make them agree, and migrate again.';
+  end if;
+end
+$$;
+
 -- Nobody waits behind this for longer than 100 ms: it lets go, and tries again. An attempt that fails undoes its grant, too: whoever
 -- analyses or vacuums the table waits for that change of its row in pg_class, and keeps the table locked meanwhile.
 do $$

@@ -1370,6 +1370,18 @@ set local role wallet_owner;
 
 -- By hand
 
+-- A session that has planned its calls before may have held money since.
+set local lock_timeout = '2s';
+lock table wallet.wallet in exclusive mode;
+
+do $$
+begin
+  if exists (select from wallet.hold) or exists (select from wallet.operation where operation_type = 'HOLD') then
+    raise exception 'refused: the ledger has holds, which would be lost; nothing was changed';
+  end if;
+end
+$$;
+
 create or replace view wallet.balance as
 select -- noqa: ST06
   w.uuid,

@@ -114,6 +114,10 @@ set local role wallet_owner;
 
 -- By hand
 
+-- Waits for those who are holding money now: otherwise their holds would not be seen, and would count no longer.
+set local lock_timeout = '2s';
+lock table wallet.wallet in exclusive mode;
+
 do $$
 begin
   if exists (select from wallet.hold) or exists (select from wallet.operation where operation_type = 'HOLD') then

@@ -698,3 +698,88 @@ async def test_changes_that_wait_for_a_locked_wallet_leave_connections_to_others
         for task in waiting:
             await problem(await task, 503, "wallet_locked")
     assert (await client.patch(path("w"), json={"status": "FROZEN"})).status == 200
+
+
+# In contention, a call goes in parts
+
+
+@pytest.fixture
+def contention(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Parties, "in_contention", lambda _: True)
+
+
+def item(wallet: str, kind: str, amount: int, operation: UUID | None = None) -> dict[str, Any]:
+    named = {"wallet_uuid": wallet, "operation_uuid": str(operation or uuid4())}
+    return named | {"operation_type": kind, "amount": amount}
+
+
+@pytest.mark.usefixtures("contention")
+@pytest.mark.parametrize("apart", [False, True], ids=["bulk", "siding"])
+async def test_a_wallet_that_is_unlocked_between_two_parts_keeps_the_order_of_a_request(
+    apart: bool, client: TestClient, superuser: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    superuser.execute("select from wallet.create_wallet('x')")
+    operations = [item("x", "DEPOSIT", 1) for _ in range(128)] + [item("x", "WITHDRAW", 1) for _ in range(128)]
+    make_the_call = Line._call
+    with contextlib.ExitStack() as lock:
+        lock.enter_context(locked(superuser, "x"))
+
+        async def call(line: Line, *arguments: Any) -> list[Outcome]:
+            outcomes = await make_the_call(line, *arguments)
+            if line._thorough or not apart:
+                lock.close()
+            return outcomes
+
+        monkeypatch.setattr(Line, "_call", call)
+        told = await results(await client.post("/api/v1/operations", json={"operations": operations}))
+    assert [result["applied"] for result in told] == [True] * 256
+
+
+@pytest.mark.usefixtures("contention")
+async def test_a_call_in_parts_waits_once_for_a_locked_wallet(
+    client: TestClient, superuser: psycopg.Connection
+) -> None:
+    with locked(superuser, "w"), locked(superuser, OTHERS[0]):
+        asked = [
+            asyncio.create_task(
+                client.post(
+                    "/api/v1/operations", json={"operations": [item(wallet, "DEPOSIT", 1) for _ in range(1280)]}
+                )
+            )
+            for wallet in ("w", OTHERS[0])
+        ]
+        await asyncio.sleep(0.2)
+        async with asyncio.timeout(3):
+            told = await results(
+                await client.post("/api/v1/operations", json={"operations": [item(OTHERS[1], "DEPOSIT", 1)]})
+            )
+        assert told[0]["applied"] is True
+    for answer in asked:
+        assert {result["applied"] for result in await results(await answer)} == {True}
+
+
+async def test_a_half_that_was_in_no_lost_call_takes_a_repeat_for_one(
+    proxy: Proxy, superuser: psycopg.Connection, aiohttp_client: AiohttpClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = await aiohttp_client(make_app(Settings(database_url=through(proxy, superuser))))
+    await create(client, {"w": 0, "v": 0})
+    assert (await deposit(client, "v", 5, A)).status == 200
+    superuser.execute(DEFERRED.encode())
+    sizes: list[int] = []
+    make_the_call = Line._call
+
+    async def call(line: Line, requests: Any, *arguments: Any) -> list[Outcome]:
+        sizes.append(len(requests))
+        if len(sizes) == 2:
+            proxy.cut_next(b"wallet.apply_operation", Point.BEFORE_THE_CALL)
+        return await make_the_call(line, requests, *arguments)
+
+    monkeypatch.setattr(Line, "_call", call)
+    operations = [item("w", "DEPOSIT", 1), item("v", "DEPOSIT", 1), item("v", "DEPOSIT", 5, A), item("v", "DEPOSIT", 1)]
+    told = await results(await client.post("/api/v1/operations", json={"operations": operations}))
+    assert sizes[:3] == [4, 2, 2]
+    assert [(result["applied"], result.get("same_request")) for result in told[1:]] == [
+        (True, None),
+        (False, True),
+        (True, None),
+    ]

@@ -556,6 +556,57 @@ def test_a_ledger_with_holds_is_not_rolled_back(ended: bool, migrated: str) -> N
         assert outcome(connection, hold("w", Y, 5)) is None
 
 
+def test_a_hold_that_is_being_made_is_not_rolled_back(migrated: str) -> None:
+    with psycopg.connect(migrated, autocommit=True) as connection, psycopg.connect(migrated) as holder:
+        create(connection, {"w": 100})
+        for path in reversed(MIGRATIONS):
+            if path.stem < "20261129100002":
+                break
+            if path.stem < "20261129100004":
+                apply(holder, hold("w", X, 90))
+                with pytest.raises(subprocess.CalledProcessError) as refused:
+                    dbmate(migrated, "rollback")
+                assert "lock timeout" in refused.value.stderr.decode()
+                holder.rollback()
+                break
+            dbmate(migrated, "rollback")
+        apply(holder, hold("w", X, 90))
+        holder.commit()
+        with pytest.raises(subprocess.CalledProcessError) as refused:
+            dbmate(migrated, "rollback")
+        assert "refused: the ledger has holds" in refused.value.stderr.decode()
+        assert outcome(connection, withdraw("w", A, 100)) == "WA402"
+
+
+def test_a_balance_that_is_not_what_the_ledger_says_is_not_replaced(
+    empty_database: Callable[[], str], tmp_path: Path
+) -> None:
+    url = empty_database()
+    for path in MIGRATIONS:
+        if path.stem < "20261129000005":
+            (tmp_path / path.name).write_text(path.read_text())
+    dbmate(url, "migrate", "--migrations-dir", str(tmp_path))
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute("select wallet.create_wallet('w'), wallet.create_wallet('v')")
+        connection.execute("select wallet.apply_operation('w', %s, 'DEPOSIT', 100)", [A])
+        connection.execute("update wallet.wallet set balance = 150 where uuid = 'w'")
+        with pytest.raises(subprocess.CalledProcessError) as refused:
+            dbmate(url, "migrate")
+        assert "last operation: w; nothing was changed" in refused.value.stderr.decode()
+        connection.execute("update wallet.wallet set balance = 100 where uuid = 'w'")
+        dbmate(url, "migrate")
+        assert balances(connection, ["w", "v"]) == {"w": 100, "v": 0}
+
+
+def test_no_migration_that_has_others_after_it_is_written_again() -> None:
+    generate = runpy.run_path(str(CHECKOUT / "db" / "generate.py"))
+    before = {path: path.read_bytes() for path in MIGRATIONS}
+    for path in MIGRATIONS[:-1]:
+        with pytest.raises(SystemExit, match="choose another name"):
+            generate["main"](path.stem.partition("_")[2])
+    assert {path: path.read_bytes() for path in MIGRATIONS} == before
+
+
 def test_a_migration_lets_readers_go_on_while_it_waits_for_the_view(migrated: str) -> None:
     with psycopg.connect(migrated, autocommit=True) as connection, psycopg.connect(migrated) as long:
         create(connection, {"w": 5})

@@ -1,5 +1,6 @@
 """wallet.verify() finds whatever somebody with every right has done to the books."""
 
+from datetime import timedelta
 from random import Random
 from uuid import UUID, uuid4
 
@@ -217,6 +218,16 @@ def row(seq: int, assignment: str) -> str:
             "update wallet.hold set expires_at = created_at + interval '1 us' where seq = 3;"
             "update wallet.operation set expires_at = created_at + interval '1 us' where wallet_uuid = 'w' and seq = 3",
             {"an operation records the holds that are due"},
+        ),
+        (
+            "alter table wallet.hold drop constraint hold_pkey; drop index wallet.hold_seq_idx;"
+            "insert into wallet.hold select * from wallet.hold where seq = 11",
+            {"an open hold stands once"},
+        ),
+        (
+            "update wallet.hold set expires_at = 'infinity' where seq = 3;"
+            "update wallet.operation set expires_at = 'infinity' where wallet_uuid = 'w' and seq = 3",
+            {"operation is well formed"},
         ),
         (
             "insert into wallet.operation select wallet_uuid, 'RELEASE', gen_random_uuid(), 12, 30, balance_after,"
@@ -531,6 +542,35 @@ def test_forged_seqs_cannot_overflow_the_audit(tampering: psycopg.Connection) ->
     )
 
     assert "seq has no gap" in found(tampering)
+
+
+def test_a_hold_that_no_operation_will_ever_find_due_is_found(
+    service: psycopg.Connection, superuser: psycopg.Connection
+) -> None:
+    create(service, {"w": 100}, holds=[hold("w", Y, 20, expires_at=FUTURE)])
+    [moment] = let_expire(service, [hold("w", B, 5)])
+    assert call(service, "expire_holds", "w")[0].expire_holds == 1
+    assert call(service, "verify") == []
+    for table in ("operation", "hold"):
+        superuser.execute(
+            f"update wallet.{table} set expires_at = %s where expires_at = %s".encode(),
+            [moment - timedelta(microseconds=1), FUTURE],
+        )
+    assert found(superuser) == {"an operation records the holds that are due"}
+
+
+def test_forged_holds_of_a_closed_wallet_cannot_overflow_the_audit(
+    service: psycopg.Connection, superuser: psycopg.Connection
+) -> None:
+    create(service, {"w": 100}, holds=[hold("w", Y, 20)])
+    superuser.execute("update wallet.wallet set status = 'CLOSED'")
+    superuser.execute(
+        f"""
+        insert into wallet.hold (wallet_uuid, hold_uuid, seq, amount, expires_at, created_at)
+        select 'w', gen_random_uuid(), 10 + n, {MAX}, clock_timestamp(), clock_timestamp() - interval '1 s'
+        from generate_series(1, 3) as n""".encode()
+    )
+    assert found(superuser) >= {"closed wallet is empty", OPEN}
 
 
 def test_a_ledger_at_its_limits_is_in_order(service: psycopg.Connection) -> None:
