@@ -236,26 +236,31 @@ class Pool:
             return await self._fetch(query, *arguments, change=change)
 
     async def _fetch(self, query: str, *arguments: object, change: bool) -> list[asyncpg.Record]:
-        pause = pauses()
+        pause, seconds = pauses(), 0.0
         lost, before = False, None
-        last = deadline_of(self.deadline) - LEAD * self.deadline
+        locked: asyncpg.PostgresError | None = None
+        last = deadline_of(self.deadline) - LEAD * self.deadline - POOL_LOCK_TIMEOUT
         limit: float | None = FIRST_ATTEMPT * self.deadline
         while True:
+            sent = False
             try:
-                async with self.connection(change=change) as connection, asyncio.timeout(limit):
-                    rows: list[asyncpg.Record] = await connection.fetch(query, *arguments)
-                    return rows
+                async with contextlib.AsyncExitStack() as stack:
+                    async with asyncio.timeout_at(last if locked else None):
+                        if seconds:
+                            await asyncio.sleep(seconds)
+                        connection = await stack.enter_async_context(self.connection(change=change))
+                    sent = True
+                    async with asyncio.timeout(limit):
+                        rows: list[asyncpg.Record] = await connection.fetch(query, *arguments)
+                        return rows
             except Refusal as error:
                 error.after_a_lost_attempt = lost
                 raise
+            except asyncpg.LockNotAvailableError as error:  # tried again and again while a wallet stays locked
+                locked = error if change and not lost else None
             except asyncpg.PostgresError as error:
                 extra = {"sqlstate": error.sqlstate}
                 told = message_of(error)
-                if error.sqlstate == "55P03":  # tried again and again while a wallet stays locked
-                    if change and not lost and asyncio.get_running_loop().time() + POOL_LOCK_TIMEOUT > last:
-                        raise
-                    await asyncio.sleep(next(pause))
-                    continue
                 _log.warning("no answer from the database: SQLSTATE %s: %s", error.sqlstate, told, extra=extra)
                 if error.sqlstate == before and not is_passing(error):
                     if lost:  # an earlier attempt may have taken effect
@@ -263,12 +268,15 @@ class Pool:
                     raise
                 before = error.sqlstate
                 lost = lost or not nothing_changed(error)
+                limit, locked = None, None
             except NO_ANSWER as error:
+                if locked and not sent:  # there is no time for another attempt
+                    raise locked from None
                 _log.warning("no answer from the database: %s", type(error).__name__)
                 lost = True
                 self._forget_idle()  # what they are connected to may be gone, too
-            limit = None
-            await asyncio.sleep(next(pause))
+                limit, locked = None, None
+            seconds = next(pause)
 
     def close(self) -> None:
         """Close the connections that are not lent."""

@@ -1,5 +1,6 @@
 """The aiohttp application: routes, resources, and what is checked before a handler is called."""
 
+import sys
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import get_args
@@ -21,6 +22,8 @@ from app.web.request_log import access_log, answer
 from app.web.turns import Turns
 
 MIB = 1024 * 1024
+RECURSION_LIMIT = 3000
+"""Metadata of 2,048 octets can be nested 1,020 deep; before Python 3.12 the decoder counts each level as a call."""
 
 OPERATION_TYPES = get_args(OperationType)
 """The types of operations that clients ask for."""
@@ -36,6 +39,7 @@ OUTCOMES = (
 
 def make_app(settings: Settings) -> web.Application:
     """Return the application; `settings.database_url` must be set. Raises StartupError: see app.settings.access."""
+    sys.setrecursionlimit(max(sys.getrecursionlimit(), RECURSION_LIMIT))
     wants_keys = access(settings) == "keys"
     app = web.Application(handler_args={"auto_decompress": False})
     app[SETTINGS] = settings

@@ -302,7 +302,9 @@ def metadata_text(metadata: dict[str, Raw] | None) -> str | None:
 def _short_number(text: str) -> int | str:
     """Return a stand-in for a number: short, or too long if jsonb would write it so long (it writes out exponents)."""
     with contextlib.suppress(ArithmeticError):  # Decimal knows no exponent of 20 digits
-        if abs(Decimal(text).adjusted()) <= METADATA_LIMIT:
+        number = Decimal(text)
+        exponent = number.adjusted()
+        if abs(exponent if number else min(exponent, 0)) <= METADATA_LIMIT:  # 0e9 is written 0
             return 0
     return LONG_METADATA
 

@@ -61,6 +61,8 @@ async def answer(
     response.headers["X-Request-ID"] = request_id
     if hdrs.EXPECT in request.headers and not request.content.is_eof():
         response.force_close()  # the body of a client that was not told to go on will never come
+    elif hdrs.UPGRADE in request.headers:
+        response.force_close()  # no other protocol is spoken here; what follows might be in it
     seconds = time.perf_counter() - started
     match = request._match_info  # noqa: SLF001
     resource = match.route.resource if match is not None else None

@@ -378,7 +378,9 @@ NO_METADATA = {
     "huge_exponent": b'{"a": 1e131072}',
     "tiny_exponent": b'{"a": 1e-16384}',
     "exponent_of_20_digits": b'{"a": 1e99999999999999999999}',
-    "deep": b'{"a": ' + b"[" * 1020 + b"]" * 1020 + b"}",
+    "deep_and_too_long": b'{"a": ' + b"[" * 1022 + b"]" * 1022 + b"}",
+    "much_too_deep": b'{"a": ' + b"[" * 30_000 + b"]" * 30_000 + b"}",
+    "zero_with_many_places": b'{"a": 0e-3000}',
     "5000_digits": b'{"a": ' + b"9" * 5000 + b"}",
 }
 LONG_METADATA = (
@@ -388,6 +390,8 @@ LONG_METADATA = (
     "tiny_exponent",
     "exponent_of_20_digits",
     "5000_digits",
+    "deep_and_too_long",
+    "zero_with_many_places",
 )
 
 
@@ -405,7 +409,7 @@ async def test_metadata_that_jsonb_cannot_hold_is_refused_to_its_own_request(
     body = b'{"operations": [%s, %s]}' % (item % (b"w", A.encode(), 1, metadata), item % (b"w", B.encode(), 101, b"{}"))
     answer = await client.post("/api/v1/operations", data=body, headers=JSON)
     if answer.status == 400:  # it is no JSON object at all
-        names = ("array", "text", "number", "true", "high_surrogate", "low_surrogate", "deep")
+        names = ("array", "text", "number", "true", "high_surrogate", "low_surrogate", "much_too_deep")
         assert metadata in [NO_METADATA[name] for name in names]
         return
     codes = [result["code"] for result in (await answer.json())["results"]]

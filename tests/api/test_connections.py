@@ -467,6 +467,19 @@ def whole(*fields: str) -> bytes:
     return head("/api/v1/wallets/w/operation", f"Content-Length: {len(body)}", *fields) + body
 
 
+async def test_who_asks_for_another_protocol_is_answered_in_this_one_and_asked_to_connect_again(
+    client: TestClient,
+) -> None:
+    reader, writer = await asyncio.open_connection(client.host, client.port)
+    fields = "Host: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
+    writer.write(f"GET /healthz HTTP/1.1\r\n{fields}".encode() + head(BULK, "Content-Length: 40000"))
+    answer = await asyncio.wait_for(reader.read(), 3)  # to the end of the connection
+    assert answer.startswith(b"HTTP/1.1 200")
+    assert answer.count(b"HTTP/1.1 ") == 1
+    assert b"Connection: close" in answer
+    writer.close()
+
+
 @pytest.mark.parametrize("number", [5, 31, 32, 33, 130])
 async def test_pipelined_requests_are_all_answered(number: int, client: TestClient) -> None:
     """aiohttp's parser stops after 32 that wait, and goes on when it is asked to."""

@@ -622,3 +622,31 @@ async def test_only_100_continue_can_be_expected(client: TestClient) -> None:
     assert refused.headers["X-Request-ID"] == "wonder"
     counted = 'wallet_request_seconds_count{method="POST",route="/api/v1/wallets",status="417"}'
     assert counted in await (await client.get("/metrics")).text()
+
+
+@pytest.mark.parametrize(
+    "metadata", ['{"a": ' + "[" * depth + "]" * depth + "}" for depth in (940, 950, 1020)] + ['{"a": 0e3000}']
+)
+async def test_metadata_that_jsonb_can_hold_is_taken_and_shown_however_it_is_asked_for(
+    client: TestClient, superuser: psycopg.Connection, metadata: str
+) -> None:
+    await create(client, {"w": 0})
+    names = [str(uuid4()) for _ in range(4)]
+    wallet, json = path("w"), {"Content-Type": "application/json"}
+    said = f'"operation_type": "DEPOSIT", "amount": 5, "metadata": {metadata}'
+    for status in (201, 200):
+        answer = await client.put(f"{wallet}/operations/{names[0]}", data=f"{{{said}}}", headers=json)
+        assert answer.status == status
+    body = f'{{"operation_uuid": "{names[1]}", {said}}}'
+    assert (await client.post(f"{wallet}/operation", data=body, headers=json)).status == 200
+    await problem(await client.post(f"{wallet}/operation", data=body, headers=json), 400, "duplicate_operation")
+    item = f'{{"wallet_uuid": "w", "operation_uuid": "{names[2]}", {said}}}'
+    for applied in (True, False):
+        answer = await client.post("/api/v1/operations", data=f'{{"operations": [{item}]}}', headers=json)
+        assert [result["applied"] for result in (await answer.json())["results"]] == [applied]
+    superuser.execute(
+        "select wallet.apply_operation('w', %s, 'DEPOSIT', 5, p_metadata => %s::jsonb)", (names[3], metadata)
+    )
+    for name in names:
+        assert (await client.get(f"{wallet}/operations/{name}")).status == 200
+    assert (await client.get(f"{wallet}/operations")).status == 200
