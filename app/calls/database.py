@@ -183,13 +183,14 @@ class Pool:
         self.deadline = deadline
         self._places = Places(size, lambda: max(size // READ_DIVISOR, 1) if parties.in_contention() else size)
         self._changes = Places(max(size // 2, 1))
+        self._lock_timeout = min(POOL_LOCK_TIMEOUT, deadline / 4)
         self._idle: list[tuple[Any, float]] = []
 
     @contextlib.asynccontextmanager
     async def connection(self, *, change: bool = False) -> AsyncIterator[Any]:
         """Lend a connection; no more than half of them for changes, which may wait for locked wallets."""
         async with self._changes.place() if change else contextlib.nullcontext(), self._places.place():
-            connection = self._take() or await connect(self._url, self.deadline, lock_timeout=POOL_LOCK_TIMEOUT)
+            connection = self._take() or await connect(self._url, self.deadline, lock_timeout=self._lock_timeout)
             POOL_IN_USE.inc()
             good = True
             try:
@@ -239,7 +240,7 @@ class Pool:
         pause, seconds = pauses(), 0.0
         lost, before = False, None
         locked: asyncpg.PostgresError | None = None
-        last = deadline_of(self.deadline) - LEAD * self.deadline - POOL_LOCK_TIMEOUT
+        last = deadline_of(self.deadline) - LEAD * self.deadline - self._lock_timeout
         limit: float | None = FIRST_ATTEMPT * self.deadline
         while True:
             sent = False
@@ -270,12 +271,12 @@ class Pool:
                 lost = lost or not nothing_changed(error)
                 limit, locked = None, None
             except NO_ANSWER as error:
-                if locked and not sent:  # there is no time for another attempt
+                if locked and not sent and asyncio.get_running_loop().time() >= last:  # too late for another attempt
                     raise locked from None
                 _log.warning("no answer from the database: %s", type(error).__name__)
-                lost = True
+                lost = lost or sent
                 self._forget_idle()  # what they are connected to may be gone, too
-                limit, locked = None, None
+                limit, locked = None, None if lost else locked
             seconds = next(pause)
 
     def close(self) -> None:

@@ -171,7 +171,7 @@ class Found:
             if outcome.sqlstate is None:
                 self.applied.add(request.operation_uuid)
             elif outcome.is_locked():
-                if self.later.isdisjoint(request.wallets()):  # it was locked for a moment only
+                if self.later.isdisjoint(request.wallets()):  # only the operation_uuid was in use elsewhere
                     self.later.update(request.wallets())
             elif not (self._thorough or outcome.is_ours() or request.counterparty_uuid is not None):
                 self.later.add(request.wallet_uuid)

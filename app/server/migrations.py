@@ -31,7 +31,7 @@ async def bring_up_to_date(postgres: Postgres) -> None:
         )
     finally:
         await connection.close()
-    if new:  # once: whoever rolled the wallets back does not want them again, and whoever has others none at all
+    if new:  # once, and not where there are others: whoever rolled them back does not want them again
         dbmate(url, "testdata", "--migrations-table", TESTDATA_HISTORY, "migrate")
 
 

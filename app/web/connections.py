@@ -35,7 +35,7 @@ WATCH_INTERVAL = 1.0
 """Seconds between two looks at all connections."""
 TELL_INTERVAL = 60.0
 """Seconds between two lines in the log that tell of too many connections."""
-PAUSE = 0.5
+PAUSE = 0.1
 """Seconds without a request after which this process may have been stopped, and for so long again."""
 OTHER_FILES = 64
 """Files that a worker has open beside the connections of clients, of its pool and of its lanes."""
@@ -250,12 +250,11 @@ def was_paused(now: float) -> bool:
     return now < _doubtful_until
 
 
-async def check_presence(request: web.Request) -> None:
+def check_presence(request: web.Request) -> None:
     """Raise the Problem for a request whose client has hung up, perhaps long ago, while this process was stopped.
 
     It may have been repeated elsewhere and refused, so it must not be begun now.
     """
-    await asyncio.sleep(0)  # have the loop see what came after the request
     if request.transport is None or request.transport.is_closing():
         raise Problem(408, "request_timeout", "The client has hung up")
 

@@ -8,7 +8,17 @@ import asyncpg
 import msgspec
 from aiohttp import web
 
-from app.calls.refusals import DATABASE_REFUSED, LOCKED, NO_ANSWER, REFUSALS, REFUSED, Overloaded, Refusal, message_of
+from app.calls.refusals import (
+    DATABASE_REFUSED,
+    LOCKED,
+    NO_ANSWER,
+    REFUSALS,
+    REFUSED,
+    Overloaded,
+    Refusal,
+    code_of,
+    message_of,
+)
 from app.web.response import WholeResponse
 
 RETRY = {"Retry-After": "1"}
@@ -132,10 +142,10 @@ def answer_to(error: Exception) -> web.Response:
         case Overloaded():
             return overloaded(str(error)).response()
         case asyncpg.PostgresError():
-            extra = {"sqlstate": error.sqlstate, "code": DATABASE_REFUSED[1]}
-            told = message_of(error)
-            _log.warning("the database refused a request: SQLSTATE %s: %s", error.sqlstate, told, extra=extra)
-            return refusal(str(error.sqlstate), LOCKED if error.sqlstate == "55P03" else REFUSED).response()
+            sqlstate = str(error.sqlstate)
+            extra = {"sqlstate": sqlstate, "code": code_of(sqlstate)}
+            _log.warning("the database refused a request: SQLSTATE %s: %s", sqlstate, message_of(error), extra=extra)
+            return refusal(sqlstate, LOCKED if sqlstate == "55P03" else REFUSED).response()
         case _ if isinstance(error, NO_ANSWER):
             _log.warning("no answer from the database: %s", type(error).__name__, extra={"code": "unavailable"})
             return unavailable("The database did not answer in time").response()

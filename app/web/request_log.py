@@ -1,5 +1,6 @@
 """Around every request, also one that is not HTTP: its id, its line in the log, its place in the metrics."""
 
+import asyncio
 import functools
 import random
 import re
@@ -49,7 +50,8 @@ async def answer(
     try:
         check_protocol(request)
         if was_paused(started):
-            await check_presence(request)
+            await asyncio.sleep(0)  # have the loop see what came after the request
+        check_presence(request)
         try:
             response = await handler(request)
         except web.HTTPNotFound:
@@ -61,8 +63,8 @@ async def answer(
     response.headers["X-Request-ID"] = request_id
     if hdrs.EXPECT in request.headers and not request.content.is_eof():
         response.force_close()  # the body of a client that was not told to go on will never come
-    elif hdrs.UPGRADE in request.headers:
-        response.force_close()  # no other protocol is spoken here; what follows might be in it
+    elif request.method == "CONNECT" or request.headers.get(hdrs.UPGRADE, "").lower() == "websocket":
+        response.force_close()  # aiohttp takes what follows for another protocol, which is not spoken here
     seconds = time.perf_counter() - started
     match = request._match_info  # noqa: SLF001
     resource = match.route.resource if match is not None else None

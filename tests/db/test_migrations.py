@@ -556,26 +556,41 @@ def test_a_ledger_with_holds_is_not_rolled_back(ended: bool, migrated: str) -> N
         assert outcome(connection, hold("w", Y, 5)) is None
 
 
+def roll_back_to(url: str, last: str) -> None:
+    """Roll back until this is the newest migration that is applied, by the number that its name begins with."""
+    for path in MIGRATIONS:
+        if path.stem.partition("_")[0] > last:
+            dbmate(url, "rollback")
+
+
 def test_a_hold_that_is_being_made_is_not_rolled_back(migrated: str) -> None:
     with psycopg.connect(migrated, autocommit=True) as connection, psycopg.connect(migrated) as holder:
         create(connection, {"w": 100})
-        for path in reversed(MIGRATIONS):
-            if path.stem < "20261129100002":
-                break
-            if path.stem < "20261129100004":
-                apply(holder, hold("w", X, 90))
-                with pytest.raises(subprocess.CalledProcessError) as refused:
-                    dbmate(migrated, "rollback")
-                assert "lock timeout" in refused.value.stderr.decode()
-                holder.rollback()
-                break
-            dbmate(migrated, "rollback")
+        roll_back_to(migrated, "20261129100003")
         apply(holder, hold("w", X, 90))
+        with pytest.raises(subprocess.CalledProcessError) as refused:
+            dbmate(migrated, "rollback")
+        assert "lock timeout" in refused.value.stderr.decode()
         holder.commit()
         with pytest.raises(subprocess.CalledProcessError) as refused:
             dbmate(migrated, "rollback")
         assert "refused: the ledger has holds" in refused.value.stderr.decode()
         assert outcome(connection, withdraw("w", A, 100)) == "WA402"
+
+
+def test_a_hold_that_was_made_between_two_rollbacks_is_not_rolled_back(migrated: str) -> None:
+    with psycopg.connect(migrated, autocommit=True) as connection:
+        create(connection, {"w": 100})
+        roll_back_to(migrated, "20261129100002")
+        connection.execute(
+            "insert into wallet.operation"
+            " (wallet_uuid, operation_type, operation_uuid, seq, amount, balance_after, held_after)"
+            " values ('w', 'HOLD', %s, 2, 90, 100, 90)",
+            [X],
+        )
+        with pytest.raises(subprocess.CalledProcessError) as refused:
+            dbmate(migrated, "rollback")
+        assert "refused: the ledger has holds" in refused.value.stderr.decode()
 
 
 def test_a_balance_that_is_not_what_the_ledger_says_is_not_replaced(
