@@ -404,7 +404,7 @@ async def test_where_all_connections_are_busy_a_newcomer_is_told_to_come_again(
     with locked(superuser, "w"):
         busy = [asyncio.create_task(deposit(client, "w", 1)) for _ in range(3)]
         await until(lambda: waiting_backends(superuser) == 1)
-        await until(lambda: [one.is_waiting() for one in client.server.handler.connections] == [False] * 3)
+        await until(lambda: sum(one._current_request is not None for one in client.server.handler.connections) == 3)
         status, headers, told = await send_raw(client, b"")
         assert (status, told["code"], headers["retry-after"]) == (503, "overloaded", "1")
     assert [(await answer).status for answer in busy] == [200] * 3
