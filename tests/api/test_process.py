@@ -416,7 +416,7 @@ def test_a_request_that_does_not_end_is_waited_for_no_longer_than_the_shutdown_t
         wait_until(lambda: superuser.execute("select pid from pg_locks where not granted").fetchone())
         began = time.monotonic()
         assert service.stop() == 0
-        assert float(seconds) - 0.1 < time.monotonic() - began < float(seconds) + 1.8
+        assert float(seconds) - 0.1 < time.monotonic() - began < max(2 * float(seconds), 3)
     in_flight.join(30)
     assert ends == [RemoteDisconnected]
 

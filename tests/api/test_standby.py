@@ -213,7 +213,7 @@ async def test_a_lost_call_that_may_still_commit_is_no_refusal_though_it_keeps_i
 ) -> None:
     ask, _ = OPERATIONS[way]
     name = uuid4()
-    async with client_of(primary, 1) as hasty:
+    async with client_of(primary, 2) as hasty:
         with away(standby):
             asked = asyncio.ensure_future(ask(hasty, wallet, name))
             [pid] = await until(lambda: waiting(primary))
