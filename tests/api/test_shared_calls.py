@@ -341,12 +341,14 @@ async def test_the_siding_begins_by_turns_with_what_is_in_trouble_and_tries_alon
     def wait(wallet: str, *, atomic: bool = False) -> None:
         siding._queue([Request(wallet, uuid4(), "DEPOSIT", 1)], now() + 10, 0, atomic=atomic)
 
-    def taken() -> list[str]:
+    async def taken() -> list[str]:
+        await asyncio.sleep(0.005)  # so that the loop's clock goes on
         return [waiting.requests[0].wallet_uuid for waiting in siding._take()]
 
     for wallet in ("refused", "a", "locked", "b", "locked", "refused", "c"):
         wait(wallet, atomic=wallet == "a")
-    assert [taken() for _ in range(6)] == [["refused"], ["a"], ["locked", "b", "c"], ["locked"], ["refused"], []]
+    order = [["refused"], ["a"], ["locked", "b", "c"], ["refused"], ["locked"], []]
+    assert [await taken() for _ in range(6)] == order
     siding.close()
 
 

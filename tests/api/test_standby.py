@@ -207,23 +207,30 @@ async def test_a_repeat_for_a_locked_wallet_waits_for_the_standby(
         await problem(await deposit(client, wallet, 1, name), 400, "duplicate_operation")
 
 
-@pytest.mark.parametrize("way", OPERATIONS)
 async def test_a_lost_call_that_may_still_commit_is_no_refusal_though_it_keeps_its_wallet_locked(
-    way: str, wallet: str, primary: Postgres, standby: Postgres
+    client: TestClient, primary: Postgres, standby: Postgres
 ) -> None:
-    ask, _ = OPERATIONS[way]
-    name = uuid4()
-    async with client_of(primary, 2) as hasty:
+    wallets = [str(uuid4()) for _ in OPERATIONS]
+    await create(client, dict.fromkeys(wallets, 10))
+    async with contextlib.AsyncExitStack() as stack:
+        hasty = [await stack.enter_async_context(client_of(primary, 3)) for _ in wallets]
+        pids: list[int] = []
         with away(standby):
-            asked = asyncio.ensure_future(ask(hasty, wallet, name))
-            [pid] = await until(lambda: waiting(primary))
-            os.kill(pid, signal.SIGSTOP)
+            ways = zip(OPERATIONS.values(), hasty, wallets, strict=True)
+            asked = [asyncio.ensure_future(ask(each, wallet, UUID(wallet))) for (ask, _), each, wallet in ways]
+            await until(lambda: len(waiting(primary)) == len(asked))
+            pids = waiting(primary)
+            for pid in pids:
+                os.kill(pid, signal.SIGSTOP)
         try:
-            await problem(await asked, 503, "unavailable")
+            for answer in asked:
+                await problem(await answer, 503, "unavailable")
         finally:
-            os.kill(pid, signal.SIGCONT)
-        await problem(await deposit(hasty, wallet, 1, name), 400, "duplicate_operation")
-        assert await balance(hasty, wallet) == 11
+            for pid in pids:
+                os.kill(pid, signal.SIGCONT)
+    for wallet in wallets:
+        await problem(await deposit(client, wallet, 1, UUID(wallet)), 400, "duplicate_operation")
+        assert await balance(client, wallet) == 11
 
 
 async def test_a_warning_of_a_trigger_s_is_no_lost_commit(client: TestClient, wallet: str, primary: Postgres) -> None:
