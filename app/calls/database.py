@@ -233,14 +233,15 @@ class Pool:
         Refusal, asyncpg.PostgresError for such an error or (55P03) if a change met a lock until the deadline, and
         TimeoutError at the deadline of a request, or for such an error after an attempt that was lost.
         """
-        async with asyncio.timeout_at(deadline_of(self.deadline)):
-            return await self._fetch(query, *arguments, change=change)
+        until = deadline_of(self.deadline)
+        async with asyncio.timeout_at(until):
+            return await self._fetch(query, *arguments, change=change, until=until)
 
-    async def _fetch(self, query: str, *arguments: object, change: bool) -> list[asyncpg.Record]:
+    async def _fetch(self, query: str, *arguments: object, change: bool, until: float) -> list[asyncpg.Record]:
         pause, seconds = pauses(), 0.0
         lost, before = False, None
         locked: asyncpg.PostgresError | None = None
-        last = deadline_of(self.deadline) - LEAD * self.deadline - self._lock_timeout
+        last = until - LEAD * self.deadline - self._lock_timeout
         limit: float | None = FIRST_ATTEMPT * self.deadline
         while True:
             sent = False

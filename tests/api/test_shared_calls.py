@@ -710,18 +710,13 @@ def contention(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Parties, "in_contention", lambda _: True)
 
 
-def item(wallet: str, kind: str, amount: int, operation: UUID | None = None) -> dict[str, Any]:
-    named = {"wallet_uuid": wallet, "operation_uuid": str(operation or uuid4())}
-    return named | {"operation_type": kind, "amount": amount}
-
-
 @pytest.mark.usefixtures("contention")
 @pytest.mark.parametrize("apart", [False, True], ids=["bulk", "siding"])
 async def test_a_wallet_that_is_unlocked_between_two_parts_keeps_the_order_of_a_request(
     apart: bool, client: TestClient, superuser: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     superuser.execute("select from wallet.create_wallet('x')")
-    operations = [item("x", "DEPOSIT", 1) for _ in range(128)] + [item("x", "WITHDRAW", 1) for _ in range(128)]
+    operations = [("x", kind, 1, uuid4()) for kind in ["DEPOSIT"] * 128 + ["WITHDRAW"] * 128]
     make_the_call = Line._call
     with contextlib.ExitStack() as lock:
         lock.enter_context(locked(superuser, "x"))
@@ -733,7 +728,7 @@ async def test_a_wallet_that_is_unlocked_between_two_parts_keeps_the_order_of_a_
             return outcomes
 
         monkeypatch.setattr(Line, "_call", call)
-        told = await results(await client.post("/api/v1/operations", json={"operations": operations}))
+        told = await results(await bulk(client, *operations))
     assert [result["applied"] for result in told] == [True] * 256
 
 
@@ -743,18 +738,12 @@ async def test_a_call_in_parts_waits_once_for_a_locked_wallet(
 ) -> None:
     with locked(superuser, "w"), locked(superuser, OTHERS[0]):
         asked = [
-            asyncio.create_task(
-                client.post(
-                    "/api/v1/operations", json={"operations": [item(wallet, "DEPOSIT", 1) for _ in range(1280)]}
-                )
-            )
+            asyncio.create_task(bulk(client, *((wallet, "DEPOSIT", 1, uuid4()) for _ in range(1280))))
             for wallet in ("w", OTHERS[0])
         ]
         await asyncio.sleep(0.2)
         async with asyncio.timeout(3):
-            told = await results(
-                await client.post("/api/v1/operations", json={"operations": [item(OTHERS[1], "DEPOSIT", 1)]})
-            )
+            told = await results(await bulk(client, (OTHERS[1], "DEPOSIT", 1, uuid4())))
         assert told[0]["applied"] is True
     for answer in asked:
         assert {result["applied"] for result in await results(await answer)} == {True}
@@ -777,8 +766,10 @@ async def test_a_half_that_was_in_no_lost_call_takes_a_repeat_for_one(
         return await make_the_call(line, requests, *arguments)
 
     monkeypatch.setattr(Line, "_call", call)
-    operations = [item("w", "DEPOSIT", 1), item("v", "DEPOSIT", 1), item("v", "DEPOSIT", 5, A), item("v", "DEPOSIT", 1)]
-    told = await results(await client.post("/api/v1/operations", json={"operations": operations}))
+    operations = [("w", 1, uuid4()), ("v", 1, uuid4()), ("v", 5, A), ("v", 1, uuid4())]
+    told = await results(
+        await bulk(client, *((wallet, "DEPOSIT", amount, name) for wallet, amount, name in operations))
+    )
     assert sizes[:3] == [4, 2, 2]
     assert [(result["applied"], result.get("same_request")) for result in told[1:]] == [
         (True, None),
